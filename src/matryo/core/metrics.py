@@ -4,6 +4,7 @@ Definitions follow trec_eval. Nothing else about a ranking matters to these metr
 stand, so no top-k list is needed: counting how many documents beat each judged one gives every metric at every cut.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Judgements:
-    """Relevance judgements in flat arrays: pair p says that document `documents[p]` has `grades[p]` > 0 for `queries[p]`.
+    """Relevance judgements in flat arrays: pair p gives `documents[p]` a grade `grades[p]` > 0 for `queries[p]`.
 
     Sorted by query. Every query 0..count-1 has at least one relevant document; unjudged queries are left out before.
     """
@@ -66,14 +67,37 @@ class Judgements:
             raise InputError("judgements hold relevant documents only (grade above 0)")
 
 
+SORT_FROM = 6
+"""From so many judged documents in a row on, sorting the row once is cheaper than comparing it with each of them."""
+
+
 def judged_ranks(scores_RN: Float32s, queries: Ints, documents: Ints) -> Ints:
-    """Rank (0 = best) of document `documents[p]` in row `queries[p]` of the scores, ties to the lower position."""
+    """Rank (0 = best) of document `documents[p]` in row `queries[p]` of the scores, ties to the lower position.
+
+    `queries` are sorted. Scores hold no NaN.
+    """
     ranks = np.empty(len(queries), dtype=np.int64)
-    for p, (q, d) in enumerate(zip(queries.tolist(), documents.tolist(), strict=True)):
-        row = scores_RN[q]
-        score = row[d]
-        ranks[p] = np.count_nonzero(row[:d] >= score) + np.count_nonzero(row[d + 1 :] > score)
+    edges = np.flatnonzero(np.r_[True, queries[1:] != queries[:-1], True]) if len(queries) else np.zeros(1, np.int64)
+    for a, b in itertools.pairwise(edges.tolist()):
+        ranks[a:b] = ranks_in_row(scores_RN[queries[a]], documents[a:b])
     return ranks
+
+
+def ranks_in_row(scores_N: Float32s, documents: Ints) -> Ints:
+    """Rank (0 = best) of each of `documents` in one row of scores, ties to the lower position; scores hold no NaN."""
+    own = scores_N[documents]
+    if len(documents) < SORT_FROM:
+        counts = [
+            np.count_nonzero(scores_N[:d] >= score) + np.count_nonzero(scores_N[d + 1 :] > score)
+            for d, score in zip(documents.tolist(), own, strict=True)
+        ]
+        return np.array(counts, dtype=np.int64)
+    rising = np.sort(scores_N)
+    ranks = len(rising) - np.searchsorted(rising, own, side="right")
+    tied = len(rising) - np.searchsorted(rising, own, side="left") - ranks > 1
+    for p in np.flatnonzero(tied).tolist():
+        ranks[p] += np.count_nonzero(scores_N[: documents[p]] == own[p])
+    return ranks.astype(np.int64)
 
 
 def measure(metric: Metric, ranks: Ints, judged: Judgements) -> Float64s:
@@ -86,7 +110,7 @@ def measure(metric: Metric, ranks: Ints, judged: Judgements) -> Float64s:
     queries = judged.queries
 
     def total(values: Float64s) -> Float64s:
-        return np.bincount(queries, weights=values, minlength=judged.count)
+        return np.bincount(queries, weights=values, minlength=judged.count).astype(np.float64, copy=False)
 
     if metric.name == "nDCG":
         gained = total(np.where(inside, judged.grades, 0.0) / np.log2(ranks + 2.0))

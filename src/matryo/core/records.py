@@ -5,12 +5,12 @@ A malformed row is an InputError that names file and line. Nothing is returned u
 
 import csv
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Training pairs: `anchors[i]` belongs with `positives[i]`; `negatives[j][i]` is the j-th hard negative of row i."""
+    """Training pairs: `anchors[i]` belongs with `positives[i]`; `negatives[j][i]` is row i's j-th hard negative."""
 
     anchors: list[str]
     positives: list[str]
@@ -70,17 +70,17 @@ def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
         yield from _parquet_rows(path)
         return
     try:
-        raw = gzip.open(path) if kind.endswith(".gz") else path.open("rb")
-        with raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as stream:  # type: ignore[arg-type]
+        opened = gzip.open if kind.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8", newline="") as stream:
             if ".json" in kind:
                 yield from _json_rows(path, stream)
             else:
                 yield from _csv_rows(path, stream, "\t" if ".tsv" in kind else ",")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a readable {kind} file in UTF-8 ({error})") from error
 
 
-def _json_rows(path: Path, stream: io.TextIOWrapper) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
     for line, text in enumerate(stream, start=1):
         if not text.strip():
             continue
@@ -93,7 +93,7 @@ def _json_rows(path: Path, stream: io.TextIOWrapper) -> Iterator[tuple[int, Row]
         yield line, row
 
 
-def _csv_rows(path: Path, stream: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, stream: TextIO, delimiter: str) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(stream, delimiter=delimiter)
     try:
         for row in reader:
@@ -221,8 +221,10 @@ def _texts(path: Path, titled: bool) -> dict[str, str]:
         title = str(row.get("title") or "").strip() if titled else ""
         body = row.get("text")
         # A document may be its title alone or its text alone, as in BEIR itself.
-        texts[key] = f"{title} {body}".strip() if title and isinstance(body, str) else (
-            title or text_of(path, line, row, "text")
+        texts[key] = (
+            f"{title} {body}".strip()
+            if title and isinstance(body, str)
+            else (title or text_of(path, line, row, "text"))
         )
     if not texts:
         raise InputError(f"{path}: no rows")
