@@ -1,0 +1,167 @@
+"""Executing a plan: scan the first stage, narrow the shortlist stage by stage, order what is left by exact scores.
+
+Letters in array names: Q queries, D full width, N rows of the index, R rows of a shortlist.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.errors import InputError
+from matryo.core.plan import Plan, Stage
+
+Float32s = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+# What this engine can do, as data: a test walks it, and `check_plan` refuses everything else.
+SCANS = ("flat",)
+CODES = ("float32", "float16", "bfloat16", "int8", "binary")
+
+
+class Source(Protocol):
+    """Where candidates come from. Rows are int64, ascending; scores are float32, larger is better."""
+
+    @property
+    def width(self) -> int:
+        """Full width D."""
+
+    @property
+    def count(self) -> int:
+        """Rows that may come back."""
+
+    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
+        """For each query the n best rows by this stage's code (all rows where there are fewer than n).
+
+        A float32 scan of full width may hand on a few more: every row that rounding cannot tell from the n-th.
+        """
+
+    def rescore(self, stage: Stage, query_D: Float32s, rows_R: Rows) -> Float32s:
+        """Scores of these rows by this stage's code; right up to a positive factor per query."""
+
+    def exact(self, query_D: Float32s, rows_R: Rows) -> Float32s:
+        """Full-width cosines of these rows; the same row gets the same bits whatever stands around it."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did, summed over the queries."""
+
+    stage: str
+    considered: int
+    kept: int
+    milliseconds: float
+
+
+def check_plan(plan: Plan, full: int) -> Plan:
+    """The plan, if this index can run it on vectors of `full` dimensions; else an InputError that says what it can."""
+    plan.check(full)
+    for n, stage in enumerate(plan.stages, start=1):
+        if stage.scan not in SCANS or stage.code not in CODES:
+            what = f"scan {stage.scan}" if stage.scan not in SCANS else f"code {stage.code}"
+            raise InputError(
+                f"stage {n} ({stage}): this index has no {what}; it scans {', '.join(SCANS)} over "
+                f"{', '.join(CODES)}, for example '{default_plan(full)}'"
+            )
+    return plan
+
+
+def default_plan(width: int) -> Plan:
+    """A safe plan for vectors nobody has measured: bits of a wide prefix, then exact scores of 400 rows.
+
+    The prefix is the largest power of two up to the full width, at most 512: Hamming distances over 64, 128, 256 or
+    512 bits are what the processor does fastest, and 512 bits held recall on the hardest spectrum we measured.
+    """
+    if width < 64:
+        return Plan((Stage(width, "float32"),))
+    bits = min(512, 1 << (width.bit_length() - 1))
+    return Plan((Stage(bits, "binary", keep=400), Stage(width, "float32")))
+
+
+def run(
+    plan: Plan, queries_QD: Float32s, k: int, source: Source, reports: list[StageReport] | None = None
+) -> list[tuple[Rows, Float32s]]:
+    """The k best rows of each query with their exact full-width cosines, best first, the lower row first among equals.
+
+    A stage hands on `keep` rows, but never fewer than k. The last stage hands on its own `keep` if it has one, else k.
+    When the last stage is the full width in float32 it is the final order itself; otherwise what it hands on is put in
+    order by exact scores once more.
+
+    Args:
+        plan: checked by `check_plan`.
+        queries_QD: unit rows of full width.
+        k: at least 1.
+        reports: filled with one report per stage when given.
+    """
+    first, *later = plan.stages
+    explain = reports is not None
+    started = time.perf_counter()
+    shortlists = source.scan(first, queries_QD, max(first.keep or k, k))
+    _report(reports, first, source.count * len(queries_QD) if explain else 0, shortlists, started)
+    for stage in later:
+        if _is_exact(stage, source.width) and stage is plan.stages[-1]:
+            break  # the final ordering below is this stage
+        started, before = time.perf_counter(), _total(shortlists)
+        n = max(stage.keep or k, k)
+        shortlists = [
+            rows[best(-source.rescore(stage, query, rows), n)] if len(rows) > n else rows
+            for query, rows in zip(queries_QD, shortlists, strict=True)
+        ]
+        _report(reports, stage, before, shortlists, started)
+    started = time.perf_counter()
+    answers = [finish(query, rows, k, source) for query, rows in zip(queries_QD, shortlists, strict=True)]
+    final = Stage(source.width, "float32")
+    _report(reports, final, _total(shortlists), [rows for rows, _ in answers], started)
+    return answers
+
+
+def finish(query_D: Float32s, rows_R: Rows, k: int, source: Source) -> tuple[Rows, Float32s]:
+    """The k best of these ascending rows by exact full-width cosine, best first, the lower row first among equals."""
+    scores = source.exact(query_D, rows_R)
+    order = np.argsort(-scores, kind="stable")[:k]
+    return rows_R[order], scores[order]
+
+
+def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
+    """Positions of the n lowest costs, ascending; among equals at the edge the lower position.
+
+    The largest value of the costs' type marks a position that is not allowed; it never comes back. With `slack` every
+    position whose cost is within it of the n-th comes back too.
+    """
+    barred = barred_cost(costs_N)
+    if n >= len(costs_N):
+        return np.flatnonzero(costs_N < barred)
+    edge = np.partition(costs_N, n - 1)[n - 1]
+    if edge == barred:
+        return np.flatnonzero(costs_N < barred)
+    if slack:
+        return np.flatnonzero(costs_N <= edge + costs_N.dtype.type(slack))
+    among = np.flatnonzero(costs_N <= edge)
+    if len(among) > n:
+        ties = costs_N[among] == edge
+        below = among[~ties]
+        among = np.concatenate([below, among[ties][: n - len(below)]])
+        among.sort()
+    return among
+
+
+def barred_cost(costs: NDArray[Any]) -> float | int:
+    """The cost that marks a position as not allowed."""
+    return np.inf if costs.dtype.kind == "f" else int(np.iinfo(costs.dtype.type).max)
+
+
+def _is_exact(stage: Stage, full: int) -> bool:
+    return stage.width == full and stage.code == "float32"
+
+
+def _total(shortlists: list[Rows]) -> int:
+    return sum(len(rows) for rows in shortlists)
+
+
+def _report(
+    reports: list[StageReport] | None, stage: Stage, considered: int, after: list[Rows], started: float
+) -> None:
+    if reports is not None:
+        reports.append(StageReport(str(stage), considered, _total(after), (time.perf_counter() - started) * 1e3))

@@ -1,0 +1,389 @@
+"""`Index`: upsert, delete, search, check, compact over one folder. Many readers, one writer.
+
+A folder holds `catalogue.sqlite` (the commit point), `vectors-<generation>.f32`, `head`, `lock`, and `codes/`,
+which may be deleted at any time. A reader sees a new commit at its next call; nothing has to be reopened.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from matryo.core.errors import DamagedError, InputError, StorageError
+from matryo.core.files import fsync_folder, storage_errors
+from matryo.core.plan import Plan
+from matryo.core.prefix import check_width
+from matryo.index import catalogue as cat
+from matryo.index.funnel import Float32s, Rows, StageReport, check_plan, default_plan, finish, run
+from matryo.index.items import Metadata, check_documents, check_ids, check_metadata, read_ids
+from matryo.index.opening import (
+    Lock,
+    check_model,
+    first_snapshot,
+    folder_of,
+    insist_on_model,
+    parsed,
+    refuse_taken,
+    stored_plan,
+    unit_queries,
+)
+from matryo.index.snapshot import FILTERS_KEPT, VERIFY_AT_OPEN, Snapshot, View, load_snapshot, vectors_path
+from matryo.index.vectors import check_rows, unit_chunks
+from matryo.index.where import compile_where
+from matryo.index.writer import CheckReport, Writer, examine
+
+SCAN_MATCHES_EXACTLY = 1000
+"""A filter that leaves no more rows than this (or than the first stage keeps) is scored exactly, without a funnel."""
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Answers, one list per query, best first. A list is shorter than k where fewer items match.
+
+    `scores` are full-width cosines. With `explain=True`, `explanation` says what each stage did.
+    """
+
+    ids: list[list[str]]
+    scores: list[list[float]]
+    documents: list[list[str | None]]
+    metadata: list[list[Metadata | None]]
+    explanation: list[StageReport] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Index:
+    """An index in a folder. Made by `Index.create` or `Index.open`; close it, or use it in a `with` statement."""
+
+    def __init__(self, folder: Path, catalogue: cat.Catalogue, writer: Writer | None, snapshot: Snapshot) -> None:
+        """Not for callers: use `create` or `open`."""
+        self._folder, self._catalogue, self._writer = folder, catalogue, writer
+        self._lock = threading.RLock()
+        # The latest commit seen: its state row as it lay there, and the snapshot. Replaced as one.
+        self._seen: tuple[tuple[str, bytes] | None, Snapshot] = (None, snapshot)
+        self._items_verified = False
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, width: int, plan: str | Plan | None = None, model: dict[str, Any] | None = None
+    ) -> Self:
+        """A new, empty index, open for writing. It appears whole or not at all.
+
+        Args:
+            path: a folder that does not exist yet, or is empty.
+            width: full width of the vectors, at most 65,536.
+            plan: how to search unless a search says otherwise; by default a safe one for the width.
+            model: what made the vectors (name, digest, nesting...), JSON; `open` can be told to insist on it.
+
+        Raises:
+            InputError: the folder already holds an index or anything else; nothing in it is touched.
+        """
+        folder = folder_of(path)
+        width = check_width(width, 1 << 16)
+        chosen = check_plan(default_plan(width) if plan is None else parsed(plan), width)
+        state = cat.State(width, str(chosen), check_model(model))
+        refuse_taken(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with storage_errors(f"creating {folder}"):
+                temporary.mkdir(parents=True)
+                vectors_path(temporary, 1).touch()
+                cat.create(temporary, state)
+                (temporary / "lock").touch()
+                fsync_folder(temporary)
+                try:
+                    os.rename(temporary, folder)
+                except OSError:
+                    refuse_taken(folder)
+                    raise
+                fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, path: str | Path, *, read_only: bool = False, model: dict[str, Any] | None = None) -> Self:
+        """Open an index; for writing, unless `read_only`. Small files are verified now, large ones on first use.
+
+        Args:
+            model: what must have made the vectors: each entry must equal what `create` was given.
+
+        Raises:
+            InputError: no index there, or another model made its vectors.
+            LockedError: another writer has it open.
+            FormatError, DamagedError: it cannot be read safely.
+        """
+        folder = folder_of(path)
+        if not (folder / cat.NAME).is_file():
+            what = "is damaged: its catalogue is gone" if vectors_path(folder, 1).exists() else "holds no index"
+            raise (DamagedError if "damaged" in what else InputError)(
+                f"{folder} {what}; make one with Index.create({str(folder)!r}, width=...)"
+            )
+        lock = None if read_only else Lock(folder)
+        catalogue: cat.Catalogue | None = None
+        try:
+            with storage_errors(f"opening {folder}"):
+                catalogue = cat.Catalogue(folder, writable=lock is not None)
+                snapshot = first_snapshot(folder, catalogue)
+                insist_on_model(snapshot.state.model, model, folder)
+                if snapshot.state.end * snapshot.state.width * 4 <= VERIFY_AT_OPEN:
+                    snapshot.vectors.ensure_all()
+                writer = Writer(folder, catalogue, snapshot, lock.release) if lock else None
+                index = cls(folder, catalogue, writer, snapshot)
+                if catalogue.path.stat().st_size <= VERIFY_AT_OPEN:
+                    with index._reading() as (connection, seen):
+                        index._verify_items(connection, seen)
+                return index
+        except BaseException:
+            if catalogue is not None:
+                catalogue.close()
+            if lock is not None:
+                lock.release()
+            raise
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        vectors: Any,
+        documents: Sequence[str | None] | None = None,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> int:
+        """Write items, replacing whole items whose id is there already. When it returns, the batch survives a crash.
+
+        Args:
+            ids: N distinct non-empty texts.
+            vectors: (N, width) numbers, any lengths but zero; stored as unit rows.
+            documents: N texts or None. metadata: N flat dicts of JSON scalars or None.
+
+        Returns:
+            N. The batch is one commit: all of it is there, or (after any error) none.
+        """
+        writer = self._writable()
+        keys = check_ids(ids)
+        rows = check_rows(vectors, self._seen[1].state.width, "vectors") if keys or len(vectors) else vectors
+        if len(rows) != len(keys):
+            raise InputError(f"{len(keys)} ids but {len(rows)} vectors; give one vector per id")
+        texts, fields = check_documents(documents, len(keys)), check_metadata(metadata, len(keys))
+        if not keys:
+            return 0
+        with self._lock:
+            writer.upsert(self._current(), keys, unit_chunks(rows), texts, fields)
+        return len(keys)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete items by id; the number that were there. Unknown ids are not an error."""
+        writer = self._writable()
+        keys = read_ids(ids)
+        with self._lock:
+            return writer.delete(self._current(), keys)
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        plan: str | Plan | None = None,
+        where: dict[str, Any] | None = None,
+        explain: bool = False,
+    ) -> Hits:
+        """The k best items for each query, by the index's plan or the one given, among those that match `where`.
+
+        Args:
+            queries: (Q, width) or (width,) numbers, any lengths but zero. One query gives one row of hits.
+            k: at least 1. A stage never hands on fewer than k, whatever its `keep`.
+            where: a metadata filter, see `matryo.index.where`. It acts inside the first stage, so a full `keep` of
+                matching rows goes on; when few rows match they are all scored exactly instead.
+
+        Raises:
+            InputError: a query, the plan or the filter is wrong. DamagedError: what it needed is damaged.
+        """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise InputError(f"k must be an integer of at least 1, got {k!r}")
+        condition = None if where is None else compile_where(where)
+        reports: list[StageReport] | None = [] if explain else None
+        with self._reading() as (connection, snapshot):
+            state = snapshot.state
+            chosen = stored_plan(state.plan, state.width) if plan is None else check_plan(parsed(plan), state.width)
+            unit = unit_queries(queries, state.width)
+            if condition is None:
+                answers = run(chosen, unit, int(k), View(snapshot), reports)
+            else:
+                matches = self._matches(connection, snapshot, condition)
+                answers = _filtered(snapshot, matches, chosen, unit, int(k), reports)
+            return _hits(connection, answers, reports)
+
+    def stats(self) -> dict[str, Any]:
+        """What the index is and how many bytes it takes, in memory (`codes`) and on the disk."""
+        with self._reading() as (_, snapshot):
+            state = snapshot.state
+            loaded = snapshot.codes.loaded()
+        with storage_errors(f"reading {self._folder}"):
+            files = {str(p.relative_to(self._folder)): p.stat().st_size for p in self._folder.rglob("*") if p.is_file()}
+        return {
+            "items": state.live,
+            "dead_rows": state.end - state.live,
+            "width": state.width,
+            "plan": state.plan,
+            "model": state.model,
+            "format": state.format,
+            "generation": state.generation,
+            "commits": state.seq,
+            "vector_bytes": state.end * state.width * 4,
+            "codes": {f"{width}:{name}": column.nbytes for (width, name), column in sorted(loaded.items())},
+            "files": files,
+        }
+
+    def check(self) -> CheckReport:
+        """Read and verify every byte that matters; says what is damaged instead of raising."""
+        self._refuse_closed()
+        return examine(self._folder, self._catalogue)
+
+    def compact(self) -> int:
+        """Rewrite the index without its dead rows and derive its codes anew; the number of rows dropped."""
+        writer = self._writable()
+        with self._lock:
+            dropped = writer.compact(self._current())
+            with self._reading() as (_, snapshot):
+                writer.save_codes(snapshot, force=True)
+        return dropped
+
+    def close(self) -> None:
+        """Close every file and give up the lock; harmless twice. A writer leaves its codes for the next to open."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._writer is not None:
+                # Codes are a cache: that they could not be saved costs the next opening some time, nothing else.
+                with suppress(DamagedError, StorageError), self._reading() as (_, snapshot):
+                    self._writer.save_codes(snapshot, force=False)
+            self._closed = True
+            self._catalogue.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def __len__(self) -> int:
+        with self._reading() as (_, snapshot):
+            return snapshot.state.live
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Index({str(self._folder)!r}, width={self._seen[1].state.width}, plan={self._seen[1].state.plan!r})"
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise InputError(f"this index is closed; open it again with Index.open({str(self._folder)!r})")
+
+    def _writable(self) -> Writer:
+        self._refuse_closed()
+        if self._writer is None:
+            raise InputError("this index was opened read_only; open it without to write")
+        return self._writer
+
+    @contextmanager
+    def _reading(self) -> Iterator[tuple[sqlite3.Connection, Snapshot]]:
+        """A read transaction and the snapshot of the same commit."""
+        for _ in range(100):
+            self._refuse_closed()
+            with self._catalogue.reading() as connection:
+                snapshot = self._fitting(connection)
+                if snapshot is not None:
+                    yield connection, snapshot
+                    return
+        raise StorageError(f"{self._folder}: compacted away again and again while being read")
+
+    def _current(self) -> Snapshot:
+        with self._reading() as (_, snapshot):
+            return snapshot
+
+    def _fitting(self, connection: sqlite3.Connection) -> Snapshot | None:
+        """The snapshot of this transaction; None when the transaction is behind and must begin anew."""
+        body = cat.read_body(connection)
+        seen, snapshot = self._seen
+        if body == seen:
+            return snapshot
+        state = cat.parse_state(*body)
+        with self._lock:
+            snapshot = self._seen[1]
+            if state.seq < snapshot.state.seq:
+                return None
+            if state.seq > snapshot.state.seq:
+                try:
+                    snapshot = load_snapshot(self._folder, connection, state, snapshot)
+                except FileNotFoundError:
+                    return None
+            self._seen = (body, snapshot)
+            return snapshot
+
+    def _verify_items(self, connection: sqlite3.Connection, snapshot: Snapshot) -> None:
+        if not self._items_verified:
+            cat.verify_items(connection, snapshot.live)
+            self._items_verified = True
+
+    def _matches(self, connection: sqlite3.Connection, snapshot: Snapshot, condition: tuple[str, list[Any]]) -> Rows:
+        """Rows whose metadata match, ascending; recent filters are remembered for as long as nothing is written."""
+        self._verify_items(connection, snapshot)
+        sql, values = condition
+        key = json.dumps([sql, values])
+        known = snapshot.filters.get(key)
+        if known is not None:
+            return known
+        found = connection.execute(f"SELECT row FROM items WHERE {sql} ORDER BY row", values).fetchall()
+        rows = np.array(found, dtype=np.int64).reshape(-1)
+        with self._lock:
+            snapshot.filters[key] = rows
+            while len(snapshot.filters) > FILTERS_KEPT:
+                snapshot.filters.popitem(last=False)
+        return rows
+
+
+def _filtered(
+    snapshot: Snapshot, matches: Rows, plan: Plan, unit: Float32s, k: int, reports: list[StageReport] | None
+) -> list[tuple[Rows, Float32s]]:
+    """Few matches: all of them by exact scores. Many: the funnel, its first stage confined to them."""
+    if len(matches) <= max(SCAN_MATCHES_EXACTLY, plan.stages[0].keep or 0, k):
+        view = View(snapshot)
+        answers = [finish(query, matches, k, view) for query in unit]
+        if reports is not None:
+            kept = sum(len(rows) for rows, _ in answers)
+            reports.append(StageReport("exact scan of the matching rows", len(matches) * len(unit), kept, 0.0))
+        return answers
+    allowed = np.zeros(snapshot.state.end, dtype=bool)
+    allowed[matches] = True
+    return run(plan, unit, k, View(snapshot, allowed), reports)
+
+
+def _hits(
+    connection: sqlite3.Connection, answers: list[tuple[Rows, Float32s]], reports: list[StageReport] | None
+) -> Hits:
+    rows = [found.tolist() for found, _ in answers]
+    items = cat.read_items(connection, list({row for found in rows for row in found}))
+    return Hits(
+        [[items[row][1] for row in found] for found in rows],
+        [scores.tolist() for _, scores in answers],
+        [[items[row][2] for row in found] for found in rows],
+        [[_fields(items[row][3]) for row in found] for found in rows],
+        reports,
+    )
+
+
+def _fields(text: str | None) -> Metadata | None:
+    """Each hit gets a dict of its own, so that a caller may change it."""
+    fields: Metadata | None = None if text is None else json.loads(text)
+    return fields

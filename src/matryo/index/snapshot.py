@@ -1,0 +1,146 @@
+"""One committed moment of an index, and the funnel's view of it. Immutable, so any number of threads may search it."""
+
+import sqlite3
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.plan import Stage
+from matryo.core.prefix import truncate
+from matryo.index import catalogue as cat
+from matryo.index.codes import CodeStore, products
+from matryo.index.funnel import Rows, barred_cost, best
+from matryo.index.vectors import Float32s, Vectors
+
+VERIFY_AT_OPEN = 64 << 20
+"""Files up to this many bytes are verified whole when opened; larger ones block by block on first use."""
+COSTS_AT_A_TIME = 1 << 24
+SLACK = 1e-5
+"""Float32 sums of unit rows taken in another order differ by less than this."""
+FILTERS_KEPT = 8
+
+
+def vectors_path(folder: Path, generation: int) -> Path:
+    """The vectors file of a generation."""
+    return folder / f"vectors-{generation}.f32"
+
+
+@dataclass
+class Snapshot:
+    """State, vectors, live rows and codes as of one commit."""
+
+    state: cat.State
+    vectors: Vectors
+    live: NDArray[np.bool_]
+    codes: CodeStore
+    filters: OrderedDict[str, Rows] = field(default_factory=OrderedDict)
+    """Rows that matched recent filters, newest last."""
+
+    @property
+    def all_live(self) -> bool:
+        """Whether no row is dead."""
+        return self.state.live == self.state.end
+
+
+def load_snapshot(
+    folder: Path, connection: sqlite3.Connection, state: cat.State, older: Snapshot | None = None
+) -> Snapshot:
+    """Read a snapshot inside the caller's read transaction, from an older one where that saves work.
+
+    Raises:
+        FileNotFoundError: the generation was compacted away after the transaction began; begin another.
+    """
+    same = older if older is not None and older.state.generation == state.generation else None
+    if same is not None and older is not None and older.state.seq > state.seq:
+        same = None
+    path = vectors_path(folder, state.generation)
+    live = np.ones(state.end, dtype=bool)
+    if same is None:
+        dead, total = cat.read_deaths(connection)
+    else:
+        live[: same.state.end] = same.live
+        dead, total = cat.read_deaths(connection, same.state.seq)
+        total = (total + same.state.dead_sum) % (1 << 64)
+    if total != state.dead_sum or (len(dead) and not 0 <= int(dead.min()) <= int(dead.max()) < state.end):
+        raise sqlite3.DatabaseError("the list of dead rows is not what was written")
+    live[dead] = False
+    if int(live.sum()) != state.live:
+        raise sqlite3.DatabaseError("the number of live rows is not what was written")
+    if same is not None and same.state.end == state.end:
+        return Snapshot(state, same.vectors, live, same.codes)
+    vectors = Vectors(path, state.width, state.end, cat.read_blocks(connection))
+    if same is not None:
+        return Snapshot(state, vectors.trust(same.vectors), live, same.codes)
+    manifest = {
+        name: (size, digest, rows)
+        for name, size, digest, rows in connection.execute("SELECT name, size, digest, rows FROM codes")
+    }
+    return Snapshot(state, vectors, live, CodeStore(folder / "codes", state.generation, manifest))
+
+
+class View:
+    """A snapshot as the funnel's source, with or without a filter on the rows."""
+
+    def __init__(self, snapshot: Snapshot, allowed: NDArray[np.bool_] | None = None) -> None:
+        self._snapshot = snapshot
+        mask = allowed if allowed is not None else snapshot.live
+        self._barred = None if allowed is None and snapshot.all_live else ~mask
+
+    @property
+    def width(self) -> int:
+        """Full width D."""
+        return self._snapshot.state.width
+
+    @property
+    def count(self) -> int:
+        """Rows that may come back."""
+        return self._snapshot.state.end if self._barred is None else int((~self._barred).sum())
+
+    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
+        """The n best rows for each query by this stage's code."""
+        end = self._snapshot.state.end
+        whole = stage.width == self.width and stage.code == "float32"
+        at_a_time = max(1, COSTS_AT_A_TIME // max(1, end))
+        found: list[Rows] = []
+        for start in range(0, len(queries_QD), at_a_time):
+            queries = queries_QD[start : start + at_a_time]
+            if whole:
+                costs = self._exact_costs(queries)
+            else:
+                costs = self._snapshot.codes.column(stage.width, stage.code, self._snapshot.vectors).costs(queries, end)
+            if self._barred is not None:
+                np.copyto(costs, barred_cost(costs), where=self._barred)
+            found += [best(row, n, SLACK if whole else 0.0) for row in costs]
+        return found
+
+    def rescore(self, stage: Stage, query_D: Float32s, rows_R: Rows) -> Float32s:
+        """Scores of these rows by this stage's code."""
+        vectors = self._snapshot.vectors
+        if stage.code == "float32":
+            # The stored vectors are these prefixes already, up to length: no codes to keep in memory.
+            vectors.ensure(rows_R)
+            prefixes = truncate(vectors.array[rows_R, : stage.width], stage.width)
+            return row_products(prefixes, query_D[: stage.width])
+        return self._snapshot.codes.column(stage.width, stage.code, vectors).scores(query_D, rows_R)
+
+    def exact(self, query_D: Float32s, rows_R: Rows) -> Float32s:
+        """Full-width cosines of these rows."""
+        return row_products(self._snapshot.vectors.take(rows_R), query_D)
+
+    def _exact_costs(self, queries_QD: Float32s) -> Float32s:
+        end, vectors = self._snapshot.state.end, self._snapshot.vectors
+        vectors.ensure_all()
+        out = np.empty((len(queries_QD), end), np.float32)
+        products(-queries_QD, vectors.array, out)
+        return out
+
+
+def row_products(rows_RD: Float32s, query_D: Float32s) -> Float32s:
+    """(R,) inner products. einsum sums every row the same way whatever stands around it, which a matrix product does
+    not promise; equal vectors therefore tie exactly and the lower row wins.
+    """
+    scores: Float32s = np.einsum("nd,d->n", rows_RD, query_D)
+    return scores

@@ -1,0 +1,253 @@
+"""The one writer of an index: batches, deletions, compaction, and the check of everything on the disk.
+
+The order of every write: bytes past the committed end of the vectors file, fsync, then one SQLite transaction that
+moves the end. Memory changes last, after everything that may refuse.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from matryo.core.errors import MatryoError
+from matryo.core.files import digest, fsync_folder, storage_errors
+from matryo.core.plan import Plan
+from matryo.index import catalogue as cat
+from matryo.index.items import item_digest
+from matryo.index.snapshot import Snapshot, load_snapshot, vectors_path
+from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `Index.check` found. `problems` are damage; `notes` are derived files that will be made again."""
+
+    files: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.problems
+
+
+class Writer:
+    """Holds the lock and the writing end of the vectors file. Calls come one at a time, with the current snapshot."""
+
+    def __init__(self, folder: Path, catalogue: cat.Catalogue, snapshot: Snapshot, release: Callable[[], None]) -> None:
+        self._folder, self._catalogue, self._release = folder, catalogue, release
+        self._appender = self._open(snapshot)
+        self._dirty = False
+        self._sweep(snapshot.state.generation)
+
+    def _open(self, snapshot: Snapshot) -> Appender:
+        state = snapshot.state
+        last = snapshot.vectors.blocks[-1] if snapshot.vectors.blocks else None
+        return Appender(vectors_path(self._folder, state.generation), state.width, state.end, last)
+
+    def _sweep(self, generation: int) -> None:
+        """Remove what a killed process left: vectors and codes of other generations, temporary files."""
+        keep = vectors_path(self._folder, generation).name
+        for path in [
+            *self._folder.glob("vectors-*"),
+            *self._folder.glob("codes/*"),
+            *self._folder.glob("codes/.*.tmp"),
+        ]:
+            if path.name != keep and not (path.parent.name == "codes" and path.name.startswith(f"{generation}-")):
+                with suppress(OSError):
+                    path.unlink()
+
+    def upsert(
+        self,
+        snapshot: Snapshot,
+        ids: list[str],
+        chunks: Iterable[Float32s],
+        documents: list[str | None],
+        metadata: list[str | None],
+    ) -> None:
+        """One batch, one commit."""
+        state = snapshot.state
+        with storage_errors(f"writing to {self._folder}"):
+            try:
+                appended = self._appender.append(chunks)
+                with self._catalogue.writing() as connection:
+                    dead = self._kill(connection, ids, state.seq + 1)
+                    rows = range(state.end, appended.end)
+                    connection.executemany(
+                        "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
+                        ((*item, item_digest(*item)) for item in zip(rows, ids, documents, metadata, strict=True)),
+                    )
+                    _write_blocks(connection, appended.blocks)
+                    after = replace(
+                        state,
+                        seq=state.seq + 1,
+                        end=appended.end,
+                        live=state.live - len(dead) + len(ids),
+                        dead_sum=_dead_sum(state, dead),
+                    )
+                    cat.write_state(connection, after)
+            except BaseException:
+                self._recover(state)
+                raise
+        self._appender.accept(appended)
+        self._committed(after)
+
+    def delete(self, snapshot: Snapshot, ids: list[str]) -> int:
+        """One commit; none at all when no id is there."""
+        state = snapshot.state
+        with storage_errors(f"writing to {self._folder}"), self._catalogue.writing() as connection:
+            dead = self._kill(connection, ids, state.seq + 1)
+            if dead:
+                after = replace(state, seq=state.seq + 1, live=state.live - len(dead), dead_sum=_dead_sum(state, dead))
+                cat.write_state(connection, after)
+        if dead:
+            self._committed(after)
+        return len(dead)
+
+    def compact(self, snapshot: Snapshot) -> int:
+        """Copy the live rows into the next generation's file, switch to it in one commit, remove the old one."""
+        state = snapshot.state
+        rows = np.flatnonzero(snapshot.live)
+        final = vectors_path(self._folder, state.generation + 1)
+        temporary = final.with_name(final.name + ".tmp")
+        appender: Appender | None = None
+        with storage_errors(f"compacting {self._folder}"):
+            try:
+                appender = Appender(temporary, state.width, 0, None, fresh=True)
+                parts = (rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS))
+                appended = appender.append(snapshot.vectors.take(part) for part in parts)
+                appender.accept(appended)
+                os.replace(temporary, final)
+                fsync_folder(self._folder)
+                after = replace(
+                    state, generation=state.generation + 1, seq=state.seq + 1, end=len(rows), live=len(rows), dead_sum=0
+                )
+                with self._catalogue.writing() as connection:
+                    _renumber(connection, rows.tolist())
+                    connection.execute("DELETE FROM deaths")
+                    connection.execute("DELETE FROM blocks")
+                    connection.execute("DELETE FROM codes")
+                    _write_blocks(connection, appended.blocks)
+                    cat.write_state(connection, after)
+            except BaseException:
+                if appender is not None:
+                    appender.close()
+                self._recover(state)
+                raise
+        old, self._appender = self._appender, appender
+        old.close()
+        self._committed(after)
+        self._sweep(after.generation)
+        self._catalogue.tidy()
+        return state.end - len(rows)
+
+    def save_codes(self, snapshot: Snapshot, force: bool) -> None:
+        """Leave files of the codes in use, and of those the index's own plan needs, for the next to open."""
+        if not (self._dirty or force):
+            return
+        wanted = set(snapshot.codes.loaded())
+        for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
+            if stage.code != "float32" or (number == 0 and stage.width < snapshot.state.width):
+                wanted.add((stage.width, stage.code))
+        with storage_errors(f"writing codes in {self._folder}"):
+            saved = [snapshot.codes.save(width, name, snapshot.vectors) for width, name in sorted(wanted)]
+            with self._catalogue.writing() as connection:
+                connection.executemany(
+                    "INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?)", [row for row in saved if row]
+                )
+        self._dirty = False
+
+    def close(self) -> None:
+        """Close the vectors file and give up the lock."""
+        self._appender.close()
+        self._release()
+
+    def _kill(self, connection: sqlite3.Connection, ids: list[str], seq: int) -> list[tuple[int, int]]:
+        """Delete the items of these ids; (row, seq) of each row that died."""
+        wanted = json.dumps(ids, ensure_ascii=False)
+        found = connection.execute(
+            "SELECT items.row FROM json_each(?) AS wanted CROSS JOIN items ON items.id = wanted.value", (wanted,)
+        ).fetchall()
+        dead = [(row, seq) for row in sorted({row for (row,) in found})]
+        connection.executemany("DELETE FROM items WHERE row = ?", [(row,) for row, _ in dead])
+        connection.executemany("INSERT INTO deaths VALUES (?, ?)", dead)
+        return dead
+
+    def _committed(self, state: cat.State) -> None:
+        self._dirty = True
+        cat.write_head(self._folder, state.seq)
+
+    def _recover(self, before: cat.State) -> None:
+        """After a failed write: cut off its leftovers, unless the commit went through before the error came."""
+        try:
+            with self._catalogue.reading() as connection:
+                now = cat.parse_state(*cat.read_body(connection))
+                snapshot = None if now.seq == before.seq else load_snapshot(self._folder, connection, now)
+        except (MatryoError, sqlite3.Error, OSError):
+            return  # what lies past the end is never read; the next opening cuts it off
+        if snapshot is not None:
+            fresh = self._open(snapshot)
+            self._appender.close()
+            self._appender = fresh
+            self._committed(now)
+        self._appender.rollback()
+        self._sweep(now.generation)
+
+
+def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
+    """Verify every file of an index from the disk, whatever was verified before."""
+    problems: list[str] = []
+    notes: list[str] = []
+    files = [cat.NAME, "head"]
+    try:
+        with storage_errors(f"reading {folder}"), catalogue.reading() as connection:
+            head = cat.read_head(folder)
+            cat.check_schema(connection)
+            snapshot = load_snapshot(folder, connection, cat.parse_state(*cat.read_body(connection)))
+            cat.check_head(head, snapshot.state)
+            files.append(snapshot.vectors.path.name)
+            try:
+                snapshot.vectors.ensure_all()
+            except MatryoError as error:
+                problems.append(str(error))
+            cat.verify_items(connection, snapshot.live)
+            for name, (size, noted, _) in sorted(snapshot.codes.manifest.items()):
+                path = folder / "codes" / name
+                files.append(f"codes/{name}")
+                if not path.is_file():
+                    notes.append(f"{path} is gone; it is derived and will be made again")
+                elif path.stat().st_size != size or digest(path) != noted:
+                    notes.append(f"{path} is damaged; it is derived and will be made again")
+    except MatryoError as error:
+        problems.append(str(error))
+    return CheckReport(tuple(files), tuple(problems), tuple(notes))
+
+
+def _write_blocks(connection: sqlite3.Connection, blocks: list[Block]) -> None:
+    connection.executemany(
+        "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", [(b.number, b.rows, b.digest) for b in blocks]
+    )
+
+
+def _dead_sum(state: cat.State, dead: list[tuple[int, int]]) -> int:
+    pairs = np.array(dead, dtype=np.int64).reshape(-1, 2)
+    return (state.dead_sum + cat.dead_sum(pairs[:, 0], pairs[:, 1])) % (1 << 64)
+
+
+def _renumber(connection: sqlite3.Connection, rows: list[int]) -> None:
+    """Item at rows[n] becomes item n. Going upwards no number is taken when its turn comes."""
+    for start in range(0, len(rows), 500):
+        part = rows[start : start + 500]
+        items = cat.read_items(connection, part)
+        connection.executemany(
+            "UPDATE items SET row = ?, digest = ? WHERE row = ?",
+            [(new, item_digest(new, *items[old][1:4]), old) for new, old in enumerate(part, start=start)],
+        )
+    if connection.execute("SELECT count(*) FROM items").fetchone()[0] != len(rows):
+        raise sqlite3.DatabaseError("it holds items that are dead or were never written")
