@@ -90,8 +90,9 @@ def check_scalar(value: object, where: str) -> Any:
 
 def item_digest(row: int, key: str, document: str | None, metadata: str | None) -> bytes:
     """BLAKE2b-128 over everything the catalogue says about one row; SQLite itself does not checksum its pages."""
-    sizes = "".join(f"{'-' if text is None else len(text)}:" for text in (key, document, metadata))
-    whole = f"{row}:{sizes}{key}{document or ''}{metadata or ''}"
+    text, fields = document or "", metadata or ""
+    kinds = (document is not None) + 2 * (metadata is not None)
+    whole = f"{row}:{kinds}:{len(key)}:{len(text)}:{key}{text}{fields}"
     return hashlib.blake2b(whole.encode(), digest_size=16).digest()
 
 

@@ -102,6 +102,8 @@ class View:
     def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
         """The n best rows for each query by this stage's code."""
         end = self._snapshot.state.end
+        if not end:
+            return [np.empty(0, np.int64) for _ in queries_QD]
         whole = stage.width == self.width and stage.code == "float32"
         at_a_time = max(1, COSTS_AT_A_TIME // max(1, end))
         found: list[Rows] = []
