@@ -1,0 +1,267 @@
+"""The charts, drawn by matplotlib. In the page they take its colours; as files they stand on white."""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from matryo.core.files import write_atomically
+from matryo.evaluation.rows import Row
+
+if TYPE_CHECKING:
+    from matryo.evaluation.report import Report
+
+INK, FAINT, RULE = "#1b1f24", "#626a73", "#d9dde2"
+"""Text, secondary text and grid lines on white."""
+
+SERIES = ("#0b57d0", "#c2410c", "#64748b", "#0f766e", "#7c3aed", "#a16207")
+"""One hue per system or code, in order; the model is always the first. Each reads at 4.5:1 or better on white."""
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart ready for the page."""
+
+    svg: str
+    caption: str
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    """A hue per name, in order; from the seventh on they come round again."""
+    return {name: SERIES[n % len(SERIES)] for n, name in enumerate(names)}
+
+
+def quality_figure(report: "Report") -> Figure:
+    """Quality against width for every system in float32, with bands; hollow marks where a width was not trained."""
+    figure, axes = _canvas(7.6, 4.3)
+    rows = report.select(code="float32")
+    hues = colours(report.models)
+    ends: list[tuple[float, float, str, str]] = []
+    for name in reversed(report.models):
+        mine = sorted((row for row in rows if row.model == name), key=lambda row: row.width)
+        first = name == report.model
+        _line(axes, [row.width for row in mine], mine, hues[name], strong=first)
+        ends.append((mine[-1].width, mine[-1].value, name, hues[name]))
+    _widths_axis(axes, sorted({row.width for row in rows}))
+    axes.set_xlabel("width (dimensions kept, log scale)")
+    _title(axes, report.metric)
+    _labels(axes, ends[::-1], _distinct(rows))
+    return figure
+
+
+def bytes_figure(report: "Report") -> Figure:
+    """Quality against bytes per stored vector: one line per code, one mark per width of the model."""
+    figure, axes = _canvas(7.6, 4.3)
+    rows = report.select(model=report.model)
+    codes = list(dict.fromkeys(row.code for row in rows))
+    hues = colours(codes)
+    ends: list[tuple[float, float, str, str]] = []
+    for code in reversed(codes):
+        mine = sorted((row for row in rows if row.code == code), key=lambda row: row.bytes)
+        _line(axes, [row.bytes for row in mine], mine, hues[code], strong=True)
+        ends.append((mine[-1].bytes, mine[-1].value, code, hues[code]))
+    for row in _frontier(rows):
+        axes.annotate(
+            str(row.width), (row.bytes, row.value), xytext=(0, 7), textcoords="offset points",
+            ha="center", va="bottom", fontsize=8.5, color=hues[row.code],
+        )  # fmt: skip
+    _bytes_axis(axes, [row.bytes for row in rows])
+    axes.set_xlabel("bytes per stored vector (log scale)")
+    _title(axes, report.metric)
+    _labels(axes, ends[::-1], {name for _, _, name, _ in ends}, column=False)
+    return figure
+
+
+def share_figure(report: "Report") -> Figure:
+    """What share of its full quality each width of the model keeps, as bars with intervals."""
+    rows = sorted(report.select(model=report.model, code="float32"), key=lambda row: row.width)
+    figure, axes = _canvas(7.6, 1.0 + 0.34 * len(rows))
+    axes.grid(visible=False)
+    places = np.arange(len(rows))[::-1]
+    shares = np.nan_to_num([100 * row.share for row in rows])
+    hue = SERIES[0]
+    for place, row, share in zip(places, rows, shares, strict=True):
+        filled = row.trained is not False
+        axes.barh(place, share, height=0.62, color=hue if filled else "none", edgecolor=hue, linewidth=1.2, alpha=0.9)
+        if np.isfinite(row.share_low):
+            axes.plot([100 * row.share_low, 100 * row.share_high], [place, place], color=INK, linewidth=1.2)
+        reach = 100 * row.share_high if np.isfinite(row.share_high) else share
+        axes.annotate(
+            f"{share:.1f} %", (max(share, reach), place), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=10, color=INK, fontweight="bold" if row.width == report.full else "normal",
+        )  # fmt: skip
+    axes.set_yticks(places, [f"{row.width}" + ("" if row.trained is not False else " untrained") for row in rows])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_xlim(0, max(112, float(shares.max()) * 1.12))
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    return figure
+
+
+def save_quality(report: "Report", path: Path) -> None:
+    """Quality against width into a `.png` (200 dots an inch) or `.svg` file, on white."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "matryo"}):
+        figure = quality_figure(report)
+        figure.suptitle(f"{report.model} on {report.task}", x=0.02, ha="left", fontsize=12, fontweight="bold")
+        kind = path.suffix[1:]
+        facts: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        write_atomically(
+            path,
+            lambda temporary: figure.savefig(
+                temporary, format=kind, dpi=200, facecolor="white", metadata=facts, bbox_inches="tight"
+            ),
+        )
+
+
+def page_charts(report: "Report") -> dict[str, Chart]:
+    """All charts as inline SVG that takes the page's colours and fonts."""
+    how = f"{report.metric} of {report.model} on {report.task}"
+    several = len({row.code for row in report.rows}) > 1
+    wanted = {"quality": (quality_figure, f"{how} against width", "Quality against width")}
+    if several:
+        wanted["bytes"] = (bytes_figure, f"{how} against bytes per vector", "Quality against bytes per vector")
+    wanted["share"] = (share_figure, f"Share of full quality kept by each width, {how}", "Share of full quality")
+    charts: dict[str, Chart] = {}
+    for key, (draw, caption, title) in wanted.items():
+        with mpl.rc_context({**STYLE, "svg.hashsalt": f"matryo-{key}"}):
+            stream = io.StringIO()
+            draw(report).savefig(stream, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight")
+        charts[key] = Chart(
+            _inline(stream.getvalue(), key, title, f"{caption}. The table below holds every number."), caption
+        )
+    return charts
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _line(axes: Axes, places: list[int], rows: list[Row], hue: str, strong: bool) -> None:
+    """A line through rows with its band; hollow marks where the width was not trained."""
+    values = [row.value for row in rows]
+    if len(rows) > 1:
+        axes.fill_between(
+            places, [row.low for row in rows], [row.high for row in rows],
+            color=hue, alpha=0.16 if strong else 0.09, linewidth=0,
+        )  # fmt: skip
+    axes.plot(places, values, color=hue, linewidth=2.4 if strong else 1.6, zorder=4 if strong else 3)
+    for place, row in zip(places, rows, strict=True):
+        hollow = row.trained is False
+        axes.plot(
+            place, row.value, marker="o", markersize=6.5 if strong else 4.5, zorder=5, markeredgewidth=1.6,
+            markeredgecolor=hue, markerfacecolor="#ffffff" if hollow else hue,
+        )  # fmt: skip
+
+
+def _title(axes: Axes, metric: str) -> None:
+    """The name of the vertical axis, upright above it, where it is read first."""
+    axes.set_title(metric, loc="left", fontsize=11, color=FAINT, pad=12)
+
+
+def _widths_axis(axes: Axes, widths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    shown: list[int] = []
+    for width in widths[::-1]:
+        # A tick needs room: a width close to the next one shown keeps its mark but not its number.
+        if not shown or shown[-1] / width >= 1.25:
+            shown.append(width)
+    axes.set_xticks(shown, [str(width) for width in shown])
+    axes.minorticks_off()
+
+
+def _bytes_axis(axes: Axes, sizes: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    low, high = int(np.floor(np.log2(min(sizes)))), int(np.ceil(np.log2(max(sizes))))
+    ticks = [1 << n for n in range(low, high + 1)]
+    axes.set_xticks(ticks, [f"{t // 1024} KiB" if t >= 1024 else str(t) for t in ticks])
+    axes.minorticks_off()
+
+
+def _distinct(rows: list[Row]) -> set[str]:
+    return {row.model for row in rows}
+
+
+def _frontier(rows: list[Row]) -> list[Row]:
+    """Rows that no row of as few bytes beats."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.bytes, -row.value)):
+        if not best or row.value > best[-1].value:
+            best.append(row)
+    return best
+
+
+def _labels(axes: Axes, ends: list[tuple[float, float, str, str]], wanted: set[str], column: bool = True) -> None:
+    """Names at the ends of lines, moved apart where they would overlap and tied to their line by a thin rule.
+
+    With `column` they stand in one column right of the plot; otherwise each stands beside its own last mark.
+    """
+    bottom, top = axes.get_ylim()
+    gap = (top - bottom) * 0.062
+    right = max(place for place, _, _, _ in ends)
+    heights: list[float] = []
+    ordered = sorted((end for end in ends if end[2] in wanted), key=lambda end: end[1], reverse=True)
+    for _, value, _, _ in ordered:
+        heights.append(min(value, heights[-1] - gap) if heights else value)
+    # Moving labels down only would drag them off the lines: take half of the overhang back.
+    shift = (heights[-1] - ordered[-1][1]) / 2 if heights else 0.0
+    for (place, value, name, hue), height in zip(ordered, heights, strict=True):
+        start = right if column else place
+        axes.annotate(
+            name, (place, value), xytext=(start * (1.16 if column else 1.14), height - shift), textcoords="data",
+            va="center", color=hue, fontsize=10.5, fontweight="bold", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": hue, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5, "alpha": 0.55},
+        )  # fmt: skip
+
+
+def _inline(svg: str, key: str, title: str, description: str) -> str:
+    """Matplotlib's file as an element of the page: colours become variables, ids unique, fonts the page's own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
+    svg = re.sub(r"font: ((?:bold |italic )*)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans)", svg)
+    variables = {INK: "--ink", FAINT: "--faint", RULE: "--rule", "#ffffff": "--paper"}
+    variables |= {hue: f"--series-{n}" for n, hue in enumerate(SERIES)}
+    for hue, name in variables.items():
+        svg = svg.replace(hue, f"var({name})")
+    head, _, rest = svg.partition(">")
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    label = f'role="img" aria-labelledby="{key}-title {key}-desc"'
+    names = f'<title id="{key}-title">{_safe(title)}</title><desc id="{key}-desc">{_safe(description)}</desc>'
+    return f"{head} {label}>{names}{rest}"
+
+
+def _safe(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

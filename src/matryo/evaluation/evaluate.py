@@ -1,0 +1,173 @@
+"""`evaluate`: one encoding in, every width, code and baseline out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.codecs import codec
+from matryo.core.errors import InputError
+from matryo.core.gram import check_widths
+from matryo.core.metrics import Metric, check_metrics
+from matryo.core.records import Retrieval, ScoredPairs, read_retrieval, read_sts
+from matryo.evaluation.bootstrap import Resampling
+from matryo.evaluation.report import Report
+from matryo.evaluation.rows import SPEARMAN, comparisons, rows_of, statistics
+from matryo.evaluation.scoring import Cell, score
+from matryo.evaluation.systems import (
+    BASELINES,
+    Source,
+    System,
+    Task,
+    baseline,
+    companions,
+    default_widths,
+    embed,
+    name_of,
+    trained_widths,
+)
+
+FURTHER = ("recall@10", "recall@100", "MRR@10", "mAP@100")
+
+
+def evaluate(
+    model_or_vectors: Source,
+    task: Task | str | Path,
+    widths: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    codes: Sequence[str] = ("float32",),
+    baselines: Sequence[str] = BASELINES,
+    *,
+    metric: str | Metric = "nDCG@10",
+    further: Sequence[str | Metric] = FURTHER,
+    split: str = "test",
+    twins: Mapping[str, Source] | None = None,
+    separate: Mapping[int, Source] | None = None,
+    fit_vectors: NDArray[np.floating] | None = None,
+    against: str | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    command: str | None = None,
+) -> Report:
+    """Measure a model at every width and code from one encoding, beside baselines, with paired intervals.
+
+    Args:
+        model_or_vectors: an object with `encode(texts)` -> (N, D), or a pair (queries_QD, documents_ND) of arrays.
+        task: a Retrieval or ScoredPairs set, or a path: a folder in the BEIR layout, or a file of scored pairs.
+        widths: inside 1..D, in any order; by default the trained ones, powers of two from 8 on, and D.
+        depths: numbers of encoder layers to measure too; the model has to offer them.
+        codes: how documents are stored; float32 is always measured.
+        baselines: of "pca" and "random".
+        metric: what rows are compared by; `further` metrics are recorded beside it (retrieval only).
+        split: of the judgements, where `task` is a folder.
+        twins: name -> another model (say, trained without nesting), cut at the same widths.
+        separate: width -> a model trained at that width alone.
+        fit_vectors: (M, D) training vectors to fit PCA on; by default the document vectors of the task.
+        against: name of the system the model is compared with; by default the first twin, else the first baseline.
+        name: what the report calls the model; by default its own name.
+        seed: of resamples and of the random projection.
+        resamples, confidence: of the percentile bootstrap over queries (or pairs).
+        command: what made this report, to be printed in it.
+
+    Raises:
+        InputError: whatever does not fit, in one line; nothing is encoded before the arguments are checked.
+        MissingExtraError: a baseline without scikit-learn.
+    """
+    _check_arguments(codes, baselines, model_or_vectors, depths)
+    codes = list(dict.fromkeys(["float32", *codes]))
+    task = _task(task, split)
+    metrics = list(dict.fromkeys(check_metrics([metric, *further])))
+    items = task.judged.count if isinstance(task, Retrieval) else len(task.scores)
+    resampling = Resampling(items, resamples, confidence, seed)
+
+    first, second = embed(model_or_vectors, task)
+    full = first.shape[1]
+    trained = trained_widths(model_or_vectors, full)
+    chosen = check_widths(default_widths(trained, full) if widths is None else sorted({*widths, full}), full)
+    model = System(name or name_of(model_or_vectors), first, second, tuple(chosen), trained)
+    others, notes = [], _notes(model, codes)
+    for depth in depths or ():
+        low = System(f"{model.name}, {depth} layers", *embed(model_or_vectors, task, depth), model.widths, trained)
+        others.append(low)
+    others += companions(twins, separate, task, chosen)
+    column = "document" if isinstance(task, Retrieval) else "second-sentence"
+    for kind in dict.fromkeys(baselines):
+        made, note = baseline(kind, model, column, fit_vectors, seed)
+        others.append(made)
+        notes.append(note)
+    against = _against(against, model, others)
+
+    cells = list(score(model, task, codes, metrics))
+    for system in others:
+        cells += score(system, task, ["float32"], metrics)
+    _refuse_twice(cells)
+    gold = None if isinstance(task, Retrieval) else task.scores
+    found = statistics(cells, gold, resampling)
+    names = [str(m) for m in metrics] if isinstance(task, Retrieval) else [SPEARMAN]
+    rows = rows_of(cells, found, names, comparisons(cells, against))
+    again = command or (
+        f"matryo.evaluate(model, task, widths={chosen}, codes={codes}, baselines={list(baselines)}, "
+        f"metric={str(metrics[0])!r}, seed={seed}, resamples={resamples}, confidence={confidence})"
+    )
+    return Report(model.name, task, rows, cells, found, notes, again)
+
+
+def _check_arguments(
+    codes: Sequence[str], baselines: Sequence[str], source: Source, depths: Sequence[int] | None
+) -> None:
+    for code in codes:
+        codec(code, 8)
+    for kind in baselines:
+        if kind not in BASELINES:
+            raise InputError(f"unknown baseline {kind!r}; use {' or '.join(BASELINES)}")
+    offered = list(getattr(source, "depths", None) or ())
+    for depth in depths or ():
+        if depth not in offered:
+            has = f"offers {offered}" if offered else "has none: it runs all its layers"
+            raise InputError(f"depth {depth} is not among the model's depths; the model {has}")
+
+
+def _task(task: Task | str | Path, split: str) -> Task:
+    if isinstance(task, Retrieval | ScoredPairs):
+        return task
+    if not isinstance(task, str | Path):
+        raise InputError(f"a task is a Retrieval or ScoredPairs set or a path, got {type(task).__name__}")
+    path = Path(task)
+    if not path.exists():
+        raise InputError(f"no such task: {path}; give a folder in the BEIR layout or a file of scored pairs")
+    return read_retrieval(path, split) if path.is_dir() else read_sts(path)
+
+
+def _against(against: str | None, model: System, others: Sequence[System]) -> str | None:
+    names = [system.name for system in others]
+    if model.name in names:
+        raise InputError(f"two systems are called {model.name!r}; give the model another name")
+    if against is not None and against not in names:
+        raise InputError(f"against={against!r} is not measured here; use one of {', '.join(names) or 'none'}")
+    return against or next(iter(names), None)
+
+
+def _refuse_twice(cells: Sequence[Cell]) -> None:
+    labels = [cell.label for cell in cells]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"{label} is measured twice; give twins and separate models names of their own")
+
+
+def _notes(model: System, codes: Sequence[str]) -> list[str]:
+    """What the reader has to know about how the rows were made."""
+    notes = ["Every prefix is renormalised before it is compared; ties go to the document that comes first."]
+    coded = [code for code in codes if code not in ("float32", "binary")]
+    if coded:
+        notes.append(
+            f"{', '.join(coded)}: the query stays float32 and meets the decoded document; "
+            "ranges are fitted on the document prefixes of each width, after the cut."
+        )
+    if "binary" in codes:
+        left = [w for w in model.widths if w % 8]
+        skipped = f" Widths that are no multiple of 8 have no binary row: {', '.join(map(str, left))}." if left else ""
+        notes.append(f"binary: signs meet signs (Hamming), as in the first stage of a funnel.{skipped}")
+    return notes
