@@ -23,15 +23,15 @@ class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Principal components in order of variance, unit rows out: (N, D) -> (N, width).
 
     Components are orthonormal and ordered, so the first d columns, renormalised, are the PCA projection to d. The mean
-    of the fitted vectors is subtracted (`centred=True`) before projecting; `centred=False` fits the uncentred second
-    moment and subtracts nothing, which keeps all full-width inner products but spends a leading column on the mean.
+    is not taken off by default: components of the uncentred second moment keep every full-width inner product, so that
+    nothing is lost at D, and retrieve better than the centred ones, because queries do not have the documents' mean.
 
     Args:
         width: columns kept; None keeps min(D, vectors fitted), the most there can be.
-        centred: whether the mean is taken off.
+        centred: whether the mean of the fitted vectors is taken off, in fitting and in `transform`.
     """
 
-    def __init__(self, width: int | None = None, centred: bool = True) -> None:
+    def __init__(self, width: int | None = None, centred: bool = False) -> None:
         self.width = width
         self.centred = centred
 

@@ -17,6 +17,9 @@ from matryo.evaluation.rows import Row
 if TYPE_CHECKING:
     from matryo.evaluation.report import Report
 
+WIDTH = 8.2
+"""Inches."""
+
 INK, FAINT, RULE = "#1b1f24", "#626a73", "#d9dde2"
 """Text, secondary text and grid lines on white."""
 
@@ -64,7 +67,7 @@ def colours(names: list[str]) -> dict[str, str]:
 
 def quality_figure(report: "Report") -> Figure:
     """Quality against width for every system in float32, with bands; hollow marks where a width was not trained."""
-    figure, axes = _canvas(7.6, 4.3)
+    figure, axes = _canvas(4.4)
     rows = report.select(code="float32")
     hues = colours(report.models)
     ends: list[tuple[float, float, str, str]] = []
@@ -76,21 +79,24 @@ def quality_figure(report: "Report") -> Figure:
     _widths_axis(axes, sorted({row.width for row in rows}))
     axes.set_xlabel("width (dimensions kept, log scale)")
     _title(axes, report.metric)
-    _labels(axes, ends[::-1], _distinct(rows))
+    _labels(axes, ends[::-1])
     return figure
 
 
 def bytes_figure(report: "Report") -> Figure:
     """Quality against bytes per stored vector: one line per code, one mark per width of the model."""
-    figure, axes = _canvas(7.6, 4.3)
+    figure, axes = _canvas(4.4, right=0.97)
     rows = report.select(model=report.model)
     codes = list(dict.fromkeys(row.code for row in rows))
     hues = colours(codes)
-    ends: list[tuple[float, float, str, str]] = []
     for code in reversed(codes):
         mine = sorted((row for row in rows if row.code == code), key=lambda row: row.bytes)
         _line(axes, [row.bytes for row in mine], mine, hues[code], strong=True)
-        ends.append((mine[-1].bytes, mine[-1].value, code, hues[code]))
+        # Lines of codes end close together and begin far apart: each is named below its first mark.
+        axes.annotate(
+            code, (mine[0].bytes, mine[0].value), xytext=(0, -11), textcoords="offset points",
+            ha="center", va="top", fontsize=10.5, fontweight="bold", color=hues[code], zorder=6,
+        )  # fmt: skip
     for row in _frontier(rows):
         axes.annotate(
             str(row.width), (row.bytes, row.value), xytext=(0, 7), textcoords="offset points",
@@ -99,21 +105,24 @@ def bytes_figure(report: "Report") -> Figure:
     _bytes_axis(axes, [row.bytes for row in rows])
     axes.set_xlabel("bytes per stored vector (log scale)")
     _title(axes, report.metric)
-    _labels(axes, ends[::-1], {name for _, _, name, _ in ends}, column=False)
+    axes.margins(x=0.07, y=0.12)
     return figure
 
 
 def share_figure(report: "Report") -> Figure:
     """What share of its full quality each width of the model keeps, as bars with intervals."""
     rows = sorted(report.select(model=report.model, code="float32"), key=lambda row: row.width)
-    figure, axes = _canvas(7.6, 1.0 + 0.34 * len(rows))
+    figure, axes = _canvas(0.5 + 0.36 * len(rows), left=0.16, right=0.97)
+    figure.subplots_adjust(bottom=0.02, top=0.98)
     axes.grid(visible=False)
     places = np.arange(len(rows))[::-1]
     shares = np.nan_to_num([100 * row.share for row in rows])
     hue = SERIES[0]
     for place, row, share in zip(places, rows, shares, strict=True):
         filled = row.trained is not False
-        axes.barh(place, share, height=0.62, color=hue if filled else "none", edgecolor=hue, linewidth=1.2, alpha=0.9)
+        axes.barh(place, share, height=0.62, color=hue, alpha=1 if filled else 0.18, linewidth=0)
+        if not filled:
+            axes.barh(place, share, height=0.62, color="none", edgecolor=hue, linewidth=1.2)
         if np.isfinite(row.share_low):
             axes.plot([100 * row.share_low, 100 * row.share_high], [place, place], color=INK, linewidth=1.2)
         reach = 100 * row.share_high if np.isfinite(row.share_high) else share
@@ -156,15 +165,18 @@ def page_charts(report: "Report") -> dict[str, Chart]:
     for key, (draw, caption, title) in wanted.items():
         with mpl.rc_context({**STYLE, "svg.hashsalt": f"matryo-{key}"}):
             stream = io.StringIO()
-            draw(report).savefig(stream, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight")
+            draw(report).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         charts[key] = Chart(
             _inline(stream.getvalue(), key, title, f"{caption}. The table below holds every number."), caption
         )
     return charts
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
+def _canvas(height: float, left: float = 0.07, right: float = 0.79) -> tuple[Figure, Axes]:
+    """Every chart has the same width in inches, so that its text has the same size on the page."""
+    figure = Figure(figsize=(WIDTH, height))
+    # Heights of the margins are in inches too: a short chart keeps room for its labels.
+    figure.subplots_adjust(left=left, right=right, bottom=0.6 / height, top=1 - 0.4 / height)
     return figure, figure.add_subplot()
 
 
@@ -209,10 +221,6 @@ def _bytes_axis(axes: Axes, sizes: list[int]) -> None:
     axes.minorticks_off()
 
 
-def _distinct(rows: list[Row]) -> set[str]:
-    return {row.model for row in rows}
-
-
 def _frontier(rows: list[Row]) -> list[Row]:
     """Rows that no row of as few bytes beats."""
     best: list[Row] = []
@@ -222,24 +230,23 @@ def _frontier(rows: list[Row]) -> list[Row]:
     return best
 
 
-def _labels(axes: Axes, ends: list[tuple[float, float, str, str]], wanted: set[str], column: bool = True) -> None:
+def _labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Names at the ends of lines, moved apart where they would overlap and tied to their line by a thin rule.
 
-    With `column` they stand in one column right of the plot; otherwise each stands beside its own last mark.
+    They stand in one column right of the plot.
     """
     bottom, top = axes.get_ylim()
     gap = (top - bottom) * 0.062
     right = max(place for place, _, _, _ in ends)
     heights: list[float] = []
-    ordered = sorted((end for end in ends if end[2] in wanted), key=lambda end: end[1], reverse=True)
+    ordered = sorted(ends, key=lambda end: end[1], reverse=True)
     for _, value, _, _ in ordered:
         heights.append(min(value, heights[-1] - gap) if heights else value)
     # Moving labels down only would drag them off the lines: take half of the overhang back.
     shift = (heights[-1] - ordered[-1][1]) / 2 if heights else 0.0
     for (place, value, name, hue), height in zip(ordered, heights, strict=True):
-        start = right if column else place
         axes.annotate(
-            name, (place, value), xytext=(start * (1.16 if column else 1.14), height - shift), textcoords="data",
+            name, (place, value), xytext=(right * 1.22, height - shift), textcoords="data",
             va="center", color=hue, fontsize=10.5, fontweight="bold", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5, "alpha": 0.55},
         )  # fmt: skip

@@ -64,14 +64,16 @@ def _summary(report: "Report") -> list[tuple[str, str, str]]:
                 f"{small.share:.1%} kept, {whole.width / small.width:.3g} times smaller",
             )
         )
-    held = min((row for row in mine if row.difference is not None and row.width <= whole.width // 4), default=None,
-               key=lambda row: abs(row.width - whole.width // 8))  # fmt: skip
-    if held is not None and None not in (held.difference, held.difference_low, held.difference_high, held.versus):
+    compared = [row for row in mine if row.versus and row.width <= whole.width // 4]
+    if compared:
+        held = min(compared, key=lambda row: abs(row.width - whole.width // 8))
+        other = str(held.versus).split(":")[0].removesuffix(f" {held.width}")
+        gap, low, high = report.paired(held, str(held.versus))
         found.append(
             (
-                table.signed(held.difference),
-                f"against {held.versus.split(':')[0].rsplit(' ', 1)[0]} at width {held.width}",
-                f"{table.signed(held.difference_low)} to {table.signed(held.difference_high)}",
+                table.signed(gap),
+                f"{report.metric} against {other} at width {held.width}",
+                f"{table.signed(low)} to {table.signed(high)}" + (", no difference shown" if low <= 0 <= high else ""),
             )
         )
     return found

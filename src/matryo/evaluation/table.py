@@ -25,7 +25,17 @@ def cells(row: Row) -> list[str]:
     else:
         gap = f"{signed(row.difference)} [{signed(row.difference_low)}, {signed(row.difference_high)}]"
     interval = f"[{row.low:.4f}, {row.high:.4f}]"
-    return [row.model, width, row.code, f"{row.bytes:,}", f"{row.value:.4f}", interval, share, gap, row.versus or "–"]
+    return [
+        row.model,
+        width,
+        row.code,
+        f"{row.bytes:,}",
+        f"{row.value:.4f}",
+        interval,
+        share,
+        gap,
+        (row.versus or "–").removesuffix(":float32"),
+    ]
 
 
 def signed(value: float) -> str:
