@@ -1,0 +1,45 @@
+"""Encoders: texts in, full-width vectors out; `load` finds the right one for a name."""
+
+from pathlib import Path
+
+from matryo.core.errors import InputError
+from matryo.core.prefix import Nesting
+from matryo.encoders.model import Card, Encoder, Model
+
+__all__ = ["Card", "Encoder", "Model", "load"]
+
+
+def load(name: str | Path, device: str | None = None) -> Model:
+    """Load a model by name.
+
+    Args:
+        name: a Matryo model folder, any sentence-transformers folder or hub name, or "toy". A folder of a static model
+            loads without torch; anything else needs the `train` extra.
+        device: where torch runs it ("cpu", "cuda", ...); torch's choice by default.
+
+    Raises:
+        InputError: no such model, or one that asks for remote code, foreign classes or pickled weights.
+        FormatError, DamagedError: a Matryo folder of another format, or unreadable.
+    """
+    text = str(name)
+    if text == "toy":
+        from matryo.encoders.toy import ToyEncoder
+
+        return Model(ToyEncoder(), Card("toy", Nesting.doubling(8, 64)))
+    folder = Path(name)
+    if folder.is_dir():
+        from matryo.encoders.folder import module_types, read_card
+
+        types = module_types(folder)
+        card = read_card(folder)
+        if len(types) == 1 and types[0].endswith(".StaticEmbedding"):
+            from matryo.encoders.static import StaticEncoder
+
+            return Model(StaticEncoder.load(folder), card)
+    elif isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InputError(f"no such model folder: {name}")
+    else:
+        card = Card(text)
+    from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
+
+    return Model(SentenceTransformerEncoder.load(text, device), card)

@@ -1,0 +1,106 @@
+"""The model folder: a sentence-transformers folder, plus what only Matryo knows in `matryo.json`.
+
+Format 1 holds the nesting, the depths, the order of steps from vector to prefix, the score of each width and code, and
+how the model was trained; int8 scales per width lie beside it in `matryo.safetensors`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from matryo.core.errors import DamagedError, FormatError, InputError
+from matryo.core.files import write_atomically, write_text
+from matryo.core.prefix import Nesting
+from matryo.encoders.model import Card
+
+FORMAT = 1
+CARD, SCALES = "matryo.json", "matryo.safetensors"
+STEPS = ["encode at full width", "truncate", "normalize"]
+"""The order that gives a prefix. A model that needs a full-width transform first would say so between the first two."""
+
+TRUSTED = "sentence_transformers."
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write `matryo.json` (last, so that its presence means a whole card) and the int8 scales into a model folder."""
+    if card.int8_scales:
+        scales = {f"int8/{width}": np.ascontiguousarray(scale) for width, scale in card.int8_scales.items()}
+        write_atomically(folder / SCALES, lambda path: save_file(scales, path))
+    content = {
+        "format": FORMAT,
+        "name": card.name,
+        "nesting": card.nesting and {"widths": list(card.nesting.widths), "weights": list(card.nesting.weights)},
+        "depths": card.depths and list(card.depths),
+        "steps": STEPS,
+        "scores": list(card.scores),
+        "training": card.training,
+    }
+    write_text(folder / CARD, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a model folder; a folder without `matryo.json` is a model that was not trained nested."""
+    path = folder / CARD
+    if not path.is_file():
+        return Card(str(folder), nesting=_declared_widths(folder))
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format") != FORMAT:
+            raise FormatError(
+                f"{path} is of format {content.get('format')!r}; this release reads format {FORMAT}. "
+                "Use the release that wrote it, or train again"
+            )
+        if content["steps"] != STEPS:
+            raise FormatError(f"{path} asks for steps {content['steps']}; this release knows {STEPS}")
+        nesting = content["nesting"] and Nesting(content["nesting"]["widths"], content["nesting"]["weights"])
+        scales = load_file(folder / SCALES) if (folder / SCALES).is_file() else {}
+        return Card(
+            name=str(folder),
+            nesting=nesting,
+            depths=content["depths"] and tuple(content["depths"]),
+            scores=tuple(content["scores"]),
+            int8_scales={int(key.removeprefix("int8/")): value for key, value in scales.items()},
+            training=content["training"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); restore the folder from a copy") from error
+
+
+def _declared_widths(folder: Path) -> Nesting | None:
+    """The widths a foreign model declares in `config.json`, the keys that vLLM and SGLang read."""
+    config = _json(folder / "config.json")
+    widths = config.get("matryoshka_dimensions") if isinstance(config, dict) else None
+    return Nesting(sorted(set(widths))) if isinstance(widths, list) and widths else None
+
+
+def module_types(folder: Path) -> list[str]:
+    """The module classes a sentence-transformers folder names, refusing any that are not that package's own.
+
+    Loading a class named by a file runs that class's code, so a folder may only name modules of sentence-transformers,
+    and its weights must be safetensors.
+    """
+    modules = _json(folder / "modules.json")
+    if modules is None:
+        raise InputError(f"{folder} is not a model folder: it has no modules.json")
+    types = [str(m.get("type", "")) for m in modules] if isinstance(modules, list) else []
+    for name in types or [""]:
+        if not name.startswith(TRUSTED):
+            raise InputError(f"{folder}/modules.json names the class {name!r}; only sentence-transformers' own are loaded")
+    if not any(folder.rglob("*.safetensors")):
+        raise InputError(f"{folder} holds no safetensors weights; pickled weights are never loaded, convert them first")
+    if any("auto_map" in (_json(path) or {}) for path in folder.rglob("config.json")):
+        raise InputError(f"{folder} asks for remote code (auto_map in config.json); it is never run")
+    return types
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DamagedError(f"{path} is not JSON ({error})") from error

@@ -1,0 +1,123 @@
+"""A model: an encoder, the widths it was trained for, and one `encode` with a true width knob."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.codecs import codec
+from matryo.core.errors import InputError
+from matryo.core.prefix import Nesting, check_width, truncate
+from matryo.core.records import check_texts
+
+Float32s = NDArray[np.float32]
+Progress = Callable[[int], None]
+
+
+class Encoder(Protocol):
+    """What turns texts into full-width vectors. Lengths do not matter; the model cuts and normalises."""
+
+    @property
+    def width(self) -> int:
+        """Full width D."""
+
+    def vectors(self, texts: Sequence[str], batch_size: int, progress: bool) -> Float32s:
+        """(N, D) float32 for N texts, in order."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about a model: where it came from, what it was trained for, what each width keeps."""
+
+    name: str
+    nesting: Nesting | None = None
+    depths: tuple[int, ...] | None = None
+    scores: tuple[dict[str, Any], ...] = ()
+    """Rows of {task, metric, width, code, value, low, high}."""
+    int8_scales: dict[int, Float32s] = field(default_factory=dict)
+    """Per-dimension int8 scales of each width, fitted after the cut."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Configuration, data fingerprint, versions and seed."""
+
+
+class Model:
+    """A Matryo model. Get one from `matryo.load` or `matryo.train`."""
+
+    def __init__(self, encoder: Encoder, card: Card) -> None:
+        if card.nesting is not None:
+            card.nesting.check(encoder.width)
+        self.encoder = encoder
+        self.card = card
+
+    @property
+    def name(self) -> str:
+        """What the model was loaded as."""
+        return self.card.name
+
+    @property
+    def width(self) -> int:
+        """Full width D."""
+        return self.encoder.width
+
+    @property
+    def nesting(self) -> Nesting | None:
+        """Trained widths and weights; None if the model was not trained nested, or does not say."""
+        return self.card.nesting
+
+    @property
+    def depths(self) -> tuple[int, ...] | None:
+        """Trained depths; None if only the last layer was trained."""
+        return self.card.depths
+
+    def encode(
+        self,
+        inputs: Sequence[str],
+        width: int | None = None,
+        depth: int | None = None,
+        code: str = "float32",
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> NDArray[Any]:
+        """Encode texts to the first `width` dimensions, renormalised, stored as `code`.
+
+        Args:
+            inputs: N texts, none blank.
+            width: any of 1..D, trained or not; D by default.
+            depth: number of layers to run; only for models trained with several depths.
+            code: float32, float16, bfloat16 (as uint16), int8 or binary (packed bits, width a multiple of 8).
+            batch_size: texts per forward pass.
+            progress: show a bar on a terminal.
+
+        Returns:
+            (N, width) array of unit rows (float codes), or the codes of such rows.
+
+        Raises:
+            InputError: a blank text, a width outside 1..D, an unknown depth or code, int8 at a width whose ranges the
+                model folder does not hold; or the model gave NaN, Inf or zeros for a text, named by its position.
+        """
+        if isinstance(inputs, str):
+            raise InputError("inputs must be a list of texts, got one text; put it in a list")
+        texts = check_texts(inputs, "inputs")
+        width = check_width(self.width if width is None else width, self.width)
+        if depth is not None and (self.depths is None or depth not in self.depths):
+            allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
+            raise InputError(f"depth {depth!r} was not trained; this model has {allowed}")
+        store = codec(code, width)
+        if code == "int8":
+            if width not in self.card.int8_scales:
+                known = ", ".join(map(str, sorted(self.card.int8_scales))) or "none"
+                raise InputError(
+                    f"the model holds no int8 ranges for width {width} (it has {known}); encode as float32 and fit a "
+                    "codec on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
+                )
+            store.load({"scale": self.card.int8_scales[width]})
+        full = self.encoder.vectors(texts, batch_size, progress)
+        # A lone NaN dimension makes the sum NaN; a zero row sums to 0: one pass finds both.
+        sums = np.einsum("nd,nd->n", full[:, :width], full[:, :width], dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(sums) | (sums == 0))
+        if len(bad):
+            what = "only zeros" if sums[bad[0]] == 0 else "NaN or Inf"
+            raise InputError(f"the model gave {what} for inputs[{int(bad[0])}] at width {width}; it cannot encode it")
+        return store.encode(truncate(full, width))

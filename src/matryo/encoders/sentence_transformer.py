@@ -1,0 +1,46 @@
+"""Any sentence-transformers folder or hub name, its pooling and steps kept. Needs the `train` extra."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.errors import InputError, MissingExtraError
+
+
+class SentenceTransformerEncoder:
+    """A sentence-transformers model as an encoder of full-width vectors."""
+
+    def __init__(self, model: Any) -> None:
+        width = model.get_embedding_dimension()
+        if not width:
+            raise InputError("the model does not say how many dimensions its vectors have")
+        self.model = model
+        self.width = int(width)
+
+    @classmethod
+    def load(cls, name: str, device: str | None = None) -> "SentenceTransformerEncoder":
+        """From a folder or a hub name. Only safetensors weights, never remote code."""
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise MissingExtraError("sentence-transformers", "train", f"the model {name!r}") from error
+        try:
+            model = SentenceTransformer(
+                name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()
+            raise InputError(
+                f"cannot load model {name!r}: {reason[0] if reason else type(error).__name__}; give a Matryo or "
+                "sentence-transformers folder, a hub name that this machine can reach, or 'toy'"
+            ) from error
+        return cls(model)
+
+    def vectors(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> NDArray[np.float32]:
+        """(N, D) vectors as the model gives them."""
+        out = self.model.encode(
+            list(texts), batch_size=batch_size, show_progress_bar=progress, convert_to_numpy=True, truncate_dim=None
+        )
+        return np.asarray(out, dtype=np.float32)

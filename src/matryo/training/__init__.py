@@ -1,0 +1,15 @@
+"""Training nested models: pairs in, model folder out."""
+
+from matryo.core.errors import MissingExtraError
+
+try:
+    import pydantic as _pydantic
+    import sentence_transformers as _sentence_transformers  # noqa: F401
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError(error.name or "sentence-transformers", "train", "training") from error
+
+from matryo.training.config import StaticConfig, TrainConfig
+from matryo.training.run import Step, train
+
+__all__ = ["StaticConfig", "Step", "TrainConfig", "train"]

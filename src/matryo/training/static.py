@@ -1,0 +1,150 @@
+"""Static encoders in training: tokenise once, touch only the rows a batch uses.
+
+The trained module is sentence-transformers' own StaticEmbedding, so the saved folder is theirs. Only its embedding bag is
+exchanged, for one whose gradient is sparse in rows.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from matryo.core.errors import InputError
+from matryo.core.records import Pairs, read_vectors
+from matryo.training.config import StaticConfig
+
+Ints = NDArray[np.int64]
+UNKNOWN = "[UNK]"
+
+
+class RowSparseBag(nn.EmbeddingBag):
+    """Mean of embedding rows whose gradient holds the touched rows only, each once.
+
+    The rows a batch uses are gathered first and the bag runs on that small table, so neither pass grows with the
+    vocabulary and the optimiser gets a coalesced sparse gradient of (rows used, D) instead of one row per token.
+    """
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:  # noqa: A002
+        """(tokens,) ids and (texts,) offsets -> (texts, D)."""
+        used = torch.zeros(self.num_embeddings, dtype=torch.bool, device=input.device)
+        used[input] = True
+        rows = used.nonzero().squeeze(1)
+        place = torch.empty(self.num_embeddings, dtype=torch.long, device=input.device)
+        place[rows] = torch.arange(len(rows), device=input.device)
+        table = F.embedding(rows, self.weight, sparse=True)
+        return F.embedding_bag(place[input], table, offsets, mode="mean")
+
+
+def _mark_coalesced(gradient: Tensor) -> Tensor:
+    # Rows come from nonzero(): sorted and distinct, so the optimiser need not sort and add them up again.
+    return gradient._coalesced_(True) if gradient.is_sparse else gradient
+
+
+def make_row_sparse(model: SentenceTransformer) -> None:
+    """Exchange the bag of a static model for a row-sparse one that shares its weight."""
+    module = model[0]
+    weight = module.embedding.weight.detach()
+    bag = RowSparseBag(*weight.shape, mode="mean", _weight=weight)
+    bag.weight.register_hook(_mark_coalesced)
+    module.embedding = bag
+
+
+class TokenBags:
+    """Texts tokenised once: flat token ids and where each text starts."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], what: str) -> None:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = np.fromiter((len(e.ids) for e in encodings), np.int64, len(encodings))
+        empty = np.flatnonzero(lengths == 0)
+        if len(empty):
+            raise InputError(f"{what} of row {int(empty[0]) + 1} has no tokens ({texts[empty[0]][:40]!r}); remove the row")
+        self.ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, int(lengths.sum()))
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def take(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Flat ids and offsets of some texts."""
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        source = np.repeat(self.starts[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return self.ids[source], offsets[:-1]
+
+
+class BagCollator:
+    """Rows of a batch (their numbers) -> token ids and offsets of every column, from bags made once."""
+
+    valid_label_columns = ("label",)
+
+    def __init__(self, bags: dict[str, TokenBags]) -> None:
+        self.bags = bags
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        for column, bag in self.bags.items():
+            ids, offsets = bag.take(np.fromiter((row[column] for row in features), np.int64, len(features)))
+            batch[f"{column}_input_ids"] = torch.from_numpy(ids)
+            batch[f"{column}_offsets"] = torch.from_numpy(offsets)
+        if "label" in features[0]:
+            batch["label"] = torch.tensor([row["label"] for row in features])
+        return batch
+
+
+def merge_bags(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Several columns as one, so that the table is gathered once and has one gradient."""
+    sizes = np.cumsum([0] + [len(f["input_ids"]) for f in features[:-1]])
+    return {
+        "input_ids": torch.cat([f["input_ids"] for f in features]),
+        "offsets": torch.cat([f["offsets"] + int(size) for f, size in zip(features, sizes, strict=True)]),
+    }
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A lower-casing WordPiece tokeniser with BERT's normalisation, trained on these texts."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=[UNKNOWN], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def new_static(config: StaticConfig, pairs: Pairs, seed: int) -> SentenceTransformer:
+    """A static model to train: from given vectors, or random rows weighted by inverse document frequency.
+
+    Random rows of equal length make the untrained model a random projection of word counts; weighting them by idf makes
+    it one of tf-idf, which is where training should start from: rare words say what a text is about.
+    """
+    texts = [*pairs.anchors, *pairs.positives]
+    if config.tokenizer is None:
+        tokenizer = train_tokenizer(texts, config.vocabulary)
+    elif config.tokenizer.is_file():
+        tokenizer = Tokenizer.from_file(str(config.tokenizer))
+    else:
+        raise InputError(f"no such file: {config.tokenizer}")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    size = tokenizer.get_vocab_size()
+    if config.vectors is not None:
+        table = torch.from_numpy(np.array(read_vectors(config.vectors)))
+        if len(table) != size:
+            raise InputError(f"{config.vectors} has {len(table)} rows, but {config.tokenizer} has {size} tokens")
+    else:
+        table = torch.randn(size, config.width, generator=torch.Generator().manual_seed(seed))
+        table *= torch.from_numpy(_inverse_document_frequency(tokenizer, texts)).float()[:, None] ** config.idf
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=table)], device="cpu")
+
+
+def _inverse_document_frequency(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.float64]:
+    """log((N + 1) / (documents with the token + 1)) of each token, scaled to mean 1."""
+    documents = np.zeros(tokenizer.get_vocab_size())
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        documents[np.unique(encoding.ids)] += 1
+    idf = np.log((len(texts) + 1) / (documents + 1)) + 1e-3
+    return np.asarray(idf / idf.mean(), dtype=np.float64)
