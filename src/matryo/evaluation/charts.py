@@ -192,7 +192,7 @@ def _line(axes: Axes, places: list[int], rows: list[Row], hue: str, strong: bool
     for place, row in zip(places, rows, strict=True):
         hollow = row.trained is False
         axes.plot(
-            place, row.value, marker="o", markersize=6.5 if strong else 4.5, zorder=5, markeredgewidth=1.6,
+            place, row.value, color=hue, marker="o", markersize=6.5 if strong else 4.5, zorder=5, markeredgewidth=1.6,
             markeredgecolor=hue, markerfacecolor="#ffffff" if hollow else hue,
         )  # fmt: skip
 

@@ -61,7 +61,7 @@ def embed(source: Source, task: Task, depth: int | None = None) -> tuple[Float32
     """
     names = ("queries", "documents") if isinstance(task, Retrieval) else ("sentence1", "sentence2")
     first_texts, second_texts = texts_of(task)
-    if hasattr(source, "encode"):
+    if hasattr(source, "encode") and not isinstance(source, str):
         first = _encode(source, first_texts, "query", depth)
         second = _encode(source, second_texts, "document", depth)
     elif isinstance(source, tuple) and len(source) == 2:
