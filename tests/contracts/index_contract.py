@@ -124,7 +124,7 @@ class IndexContract(ABC):
         same = np.repeat(rows(1), 40, axis=0)
         index.upsert(names(40), same)
         index.upsert(["d0"], same[:1])  # now the youngest
-        for plan in (f"{WIDTH}:float32", f"{WIDTH}:binary keep 40 > {WIDTH}:float32", f"32:int8 keep 10 > 64:float32"):
+        for plan in (f"{WIDTH}:float32", f"{WIDTH}:binary keep 40 > {WIDTH}:float32", "32:int8 keep 10 > 64:float32"):
             assert index.search(rows(1, seed=4), k=6, plan=plan).ids == [[f"d{i}" for i in range(1, 7)]]
 
     @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ class IndexContract(ABC):
             ({"shelf": {"not_in": [0, 1]}}, lambda i: i % 5 > 1),
             ({"or": [{"shelf": 0}, {"price": {">": 120.5}}]}, lambda i: i % 5 == 0 or i / 4 > 120.5),
             ({"not": {"or": [{"shelf": {"<=": 3}}]}}, lambda i: i % 5 == 4),
-            ({"missing": None}, lambda i: True),
-            ({"missing": {"<": 3}}, lambda i: False),
-            ({"not": {"missing": {"<": 3}}}, lambda i: True),
-            ({"name": {">": 3}}, lambda i: False),
-            ({"name": 3}, lambda i: False),
-            ({"shelf": "3"}, lambda i: False),
-            ({"name": "x' OR 1=1 --"}, lambda i: False),
-            ({"x') OR 1=1 --": 1}, lambda i: False),
+            ({"missing": None}, lambda _: True),
+            ({"missing": {"<": 3}}, lambda _: False),
+            ({"not": {"missing": {"<": 3}}}, lambda _: True),
+            ({"name": {">": 3}}, lambda _: False),
+            ({"name": 3}, lambda _: False),
+            ({"shelf": "3"}, lambda _: False),
+            ({"name": "x' OR 1=1 --"}, lambda _: False),
+            ({"x') OR 1=1 --": 1}, lambda _: False),
             ({"price": 0.25}, lambda i: i == 1),
         ],
     )

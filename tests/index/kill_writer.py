@@ -4,7 +4,7 @@
 
 One process imports everything once and forks a writer per round. The writer notes each operation in a journal before
 it starts and after it returns; the parent kills it at a random moment, opens the index and compares it with a replay
-of the journal. Prints one JSON line at the end.
+of the journal. Writes one line of JSON to standard output.
 """
 
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from matryo.index import Index  # noqa: E402
+from matryo.index import Index
 
 WIDTH = 64
 Model = dict[str, int]
@@ -135,7 +135,7 @@ def main() -> None:
             wrong.append(f"holds {len(there)} items, expected {len(model)}")
         told["wrong"] += [f"round {turn}: {what}" for what in wrong]
         told["rounds"] += 1
-    print(json.dumps(told))
+    sys.stdout.write(json.dumps(told))
 
 
 if __name__ == "__main__":

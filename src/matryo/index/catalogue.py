@@ -30,6 +30,7 @@ from matryo.index.vectors import RECOVER, Block
 
 FORMAT = 1
 NAME = "catalogue.sqlite"
+BUSY_MS = 10_000
 SCHEMA = (
     "CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), body TEXT NOT NULL, digest BLOB NOT NULL)",
     "CREATE TABLE items (row INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, document TEXT, metadata TEXT, "
@@ -114,7 +115,7 @@ class Catalogue:
     def _connect(self, mode: str) -> sqlite3.Connection:
         name = self.path.resolve().as_uri()
         connection = sqlite3.connect(
-            f"{name}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0
+            f"{name}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000
         )
         try:
             connection.execute("PRAGMA trusted_schema = OFF").fetchall()
@@ -133,7 +134,8 @@ class Catalogue:
             connection.execute("SELECT one FROM state").fetchall()
         except sqlite3.OperationalError:
             connection.close()
-            if os.access(self.folder, os.W_OK) or self.path.with_name(NAME + "-wal").exists():
+            log = self.path.with_name(NAME + "-wal")
+            if os.access(self.folder, os.W_OK, effective_ids=True) or (log.exists() and log.stat().st_size):
                 raise
             # A folder that cannot be written and was closed cleanly: nobody can change it under us.
             connection = self._connect("ro&immutable=1")
@@ -175,8 +177,13 @@ class Catalogue:
         """Give freed pages back and empty the log. Best effort: a refusal costs space, not data."""
         assert self._writer is not None
         with suppress(sqlite3.OperationalError):
-            self._writer.execute("VACUUM")
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # Emptying the log waits for readers to leave it; what is left now goes when the last one closes.
+            self._writer.execute("PRAGMA busy_timeout = 50").fetchall()
+            try:
+                self._writer.execute("VACUUM")
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {BUSY_MS}").fetchall()
 
     def close(self) -> None:
         """Readers first, so that the writer's connection is the last and empties the log."""

@@ -83,7 +83,7 @@ class Column:
     @property
     def stale(self) -> bool:
         """Whether the scale was learnt from fewer than half of the rows."""
-        return bool(self.codec.state) and self.rows > 2 * self.fitted
+        return self.rows > 2 * self.fitted and bool(self.codec.state)
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +183,7 @@ class CodeStore:
 
     def save(self, width: int, name: str, vectors: Vectors) -> tuple[str, int, str, int] | None:
         """Write a column's file unless a recent one is there; the manifest row to commit. Raises StorageError."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         file = self.file_name(width, name)
         column = self.column(width, name, vectors)
@@ -192,7 +192,8 @@ class CodeStore:
         if fresh or not column.rows:
             return None
         self.folder.mkdir(exist_ok=True)
-        write_atomically(self.folder / file, lambda temporary: save_file(column.arrays(), temporary))
+        # Written here and not by safetensors, whose files only their owner may read.
+        write_atomically(self.folder / file, lambda temporary: _write(temporary, save(column.arrays())))
         row = (file, (self.folder / file).stat().st_size, digest(self.folder / file), column.rows)
         self.manifest[file] = row[1:]
         return row
@@ -227,3 +228,7 @@ def halves(codes: NDArray[np.float16]) -> Float32s:
     numbers: Float32s = bits.view(np.float32)
     numbers *= np.float32(2.0**112)
     return numbers
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

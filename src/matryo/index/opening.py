@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matryo.core.errors import InputError, LockedError, StorageError
+from matryo.core.errors import DamagedError, InputError, LockedError
 from matryo.core.files import storage_errors
 from matryo.core.plan import Plan
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, check_plan
-from matryo.index.snapshot import Snapshot, load_snapshot
-from matryo.index.vectors import check_rows, unit_chunks
+from matryo.index.snapshot import Snapshot, load_snapshot, vectors_path
+from matryo.index.vectors import RECOVER, check_rows, unit_chunks
 
 
 class Lock:
@@ -36,9 +37,10 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock up; harmless twice."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            with suppress(OSError):
+                os.close(file)
 
 
 def folder_of(path: str | Path) -> Path:
@@ -120,4 +122,4 @@ def first_snapshot(folder: Path, catalogue: cat.Catalogue) -> Snapshot:
                 return load_snapshot(folder, connection, state)
             except FileNotFoundError:
                 continue
-    raise StorageError(f"{folder}: no vectors file for generation {state.generation}")
+    raise DamagedError(f"{vectors_path(folder, state.generation)} is gone; {RECOVER}")

@@ -189,9 +189,10 @@ class Appender:
 
     def close(self) -> None:
         """Close the file; harmless twice."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            with suppress(OSError):  # what mattered was fsynced
+                os.close(file)
 
     def _write(self, data: memoryview, at: int) -> None:
         while len(data):
