@@ -122,6 +122,14 @@ def summary(rows: list[dict[str, Any]], code_bytes: int, float_bytes: int) -> di
     }
 
 
+def raw_lines(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every measurement, a line per plan and round, query by query: microseconds of both, exact ones found."""
+    for turn in sorted({row["round"] for row in rows}):
+        mine = sorted((row for row in rows if row["round"] == turn), key=lambda row: row["query"])
+        times = {f"{side}_us": [round(row[f"{side}_s"] * 1e6) for row in mine] for side in ("funnel", "exact")}
+        yield {"what": "raw", "plan": mine[0]["plan"], "round": turn, **times, "found": [row["found"] for row in mine]}
+
+
 def processor() -> str:
     """The processor's name, where the system tells."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -182,7 +190,7 @@ def main() -> None:
                 rows = list(measure(index, plan, exact, queries, args.rounds))
                 code_bytes = sum(index.stats()["codes"].values())
             total = summary(rows, code_bytes, base.nbytes)
-            lines += [{"what": "summary", **total}, *({"what": "raw", **row} for row in rows)]
+            lines += [{"what": "summary", **total}, *raw_lines(rows)]
             print(
                 f"{plan:42} {total['funnel_ms']:9.3f} {total['funnel_p95_ms']:7.3f} {total['exact_ms']:9.2f} "
                 f"{total['ratio']:6.1f} {total['recall_at_10']:9.4f} {total['float_over_code']:8.1f}"
@@ -190,11 +198,7 @@ def main() -> None:
     out = args.out or (None if args.smoke else HERE / "results" / f"{len(base)}x{width}.jsonl")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(_short(line)) + "\n" for line in [head, *lines]))
-
-
-def _short(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 7) if isinstance(value, float) else value for name, value in line.items()}
+        out.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
 
 
 if __name__ == "__main__":
