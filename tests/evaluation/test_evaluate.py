@@ -55,7 +55,7 @@ def test_rows_say_what_was_trained_kept_and_gained(model, retrieval):
     assert pca.difference_low == pytest.approx(-mine[4].difference_high)
     assert report.paired(mine[4], "PCA 4") == (mine[4].difference, mine[4].difference_low, mine[4].difference_high)
     assert report.paired(mine[4], mine[4]) == (0, 0, 0)
-    # Uncentred PCA is a rotation at full width: nothing is lost there.
+    # PCA that takes no mean off is a rotation at full width: nothing is lost there.
     np.testing.assert_allclose(
         report.per_query["PCA 32:float32"]["nDCG@10"], report.per_query["words 32:float32"]["nDCG@10"]
     )

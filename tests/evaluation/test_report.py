@@ -86,14 +86,14 @@ def test_the_page_says_how_to_repeat_it(model, retrieval, tmp_path):
         "40 queries",
         "80 documents",
         "20 resamples",
-        "PCA: uncentred",
+        "PCA: fitted on the 80 document vectors",
     ):
         assert said in text
     assert report.save(tmp_path / "y.html").read_text() == text
 
 
 def test_hostile_names_stay_text(model, pairs, tmp_path):
-    model.name = '<img src=x onerror="alert(1)">&'
+    model.name = '<img src=x onerror="a$x_{$()">&'
     task = ScoredPairs("<b>$x_1$</b>", pairs.first, pairs.second, pairs.scores)
     report = mt.evaluate(model, task, widths=[8], resamples=10)
     page = Page(report.save(tmp_path / "x.html").read_text())

@@ -22,20 +22,21 @@ Float32s = NDArray[np.float32]
 class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Principal components in order of variance, unit rows out: (N, D) -> (N, width).
 
-    Components are orthonormal and ordered, so the first d columns, renormalised, are the PCA projection to d. The mean
-    is not taken off by default: components of the uncentred second moment keep every full-width inner product, so that
-    nothing is lost at D, and retrieve better than the centred ones, because queries do not have the documents' mean.
+    Components are orthonormal and ordered, so the first d columns, renormalised, are the PCA projection to d. They are
+    the directions of largest variance about the mean of the fitted vectors, but by default the mean is not taken off
+    the vectors that are projected: inner products are what is compared, and so all of them survive at full width.
 
     Args:
         width: columns kept; None keeps min(D, vectors fitted), the most there can be.
-        centred: whether the mean of the fitted vectors is taken off, in fitting and in `transform`.
+        centred: whether `transform` takes off the mean of the fitted vectors. Textbook PCA does; it retrieves worse,
+            because queries do not have the documents' mean.
     """
 
     def __init__(self, width: int | None = None, centred: bool = False) -> None:
         self.width = width
         self.centred = centred
 
-    def fit(self, vectors: Float32s, y: object = None) -> "PCA":  # noqa: ARG002 - scikit-learn passes it
+    def fit(self, vectors: Float32s, y: object = None) -> "PCA":
         """Learn from (N, D) finite vectors, N >= 2. Returns self."""
         checked = check_vectors(vectors)
         if len(checked) < 2:
@@ -45,16 +46,15 @@ class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         width = most if self.width is None else check_width(self.width, most)
         # The eigenvectors of the D x D covariance are the same components at a cost that does not grow with N * N.
         solver = "covariance_eigh" if len(checked) >= checked.shape[1] else "full"
-        # A set and its mirror image have mean zero: scikit-learn's own PCA of both is the uncentred one.
-        sample = checked if self.centred else np.concatenate([checked, -checked])
-        self.pca_ = decomposition.PCA(n_components=width, svd_solver=solver).fit(sample)
+        self.pca_ = decomposition.PCA(n_components=width, svd_solver=solver).fit(checked)
         return self
 
     def transform(self, vectors: Float32s) -> Float32s:
         """(N, D) -> (N, width) float32, unit rows; cut the result with `truncate` for a smaller width."""
         check_is_fitted(self, "pca_")
         checked = check_vectors(vectors, width=self.n_features_in_)
-        return truncate(self.pca_.transform(checked).astype(np.float32, copy=False), self.pca_.n_components_)
+        projected = self.pca_.transform(checked) if self.centred else checked @ self.pca_.components_.T
+        return truncate(projected.astype(np.float32, copy=False), self.pca_.n_components_)
 
 
 class RandomProjection(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -72,7 +72,7 @@ class RandomProjection(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.width = width
         self.seed = seed
 
-    def fit(self, vectors: Float32s, y: object = None) -> "RandomProjection":  # noqa: ARG002 - scikit-learn passes it
+    def fit(self, vectors: Float32s, y: object = None) -> "RandomProjection":
         """Draw the matrix for vectors of D dimensions; the values are not looked at. Returns self."""
         checked = check_vectors(vectors)
         self.n_features_in_ = checked.shape[1]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 WIDTH = 8.2
 """Inches."""
 
+LONGEST_LABEL = 24
+"""Characters that fit beside a chart."""
+
 INK, FAINT, RULE = "#1b1f24", "#626a73", "#d9dde2"
 """Text, secondary text and grid lines on white."""
 
@@ -28,6 +31,8 @@ SERIES = ("#0b57d0", "#c2410c", "#64748b", "#0f766e", "#7c3aed", "#a16207")
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    # A name that holds dollar signs is a name, not a formula.
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,
@@ -89,12 +94,18 @@ def bytes_figure(report: "Report") -> Figure:
     rows = report.select(model=report.model)
     codes = list(dict.fromkeys(row.code for row in rows))
     hues = colours(codes)
+    placed: list[tuple[int, int]] = []
     for code in reversed(codes):
         mine = sorted((row for row in rows if row.code == code), key=lambda row: row.bytes)
         _line(axes, [row.bytes for row in mine], mine, hues[code], strong=True)
-        # Lines of codes end close together and begin far apart: each is named below its first mark.
+        # Lines of codes end close together and begin far apart: each is named below its first mark, one level lower
+        # where a neighbour's name stands in the way.
+        start = mine[0].bytes
+        taken = {level for other, level in placed if max(other, start) / min(other, start) < 2.1}
+        level = next(n for n in range(len(codes)) if n not in taken)
+        placed.append((start, level))
         axes.annotate(
-            code, (mine[0].bytes, mine[0].value), xytext=(0, -11), textcoords="offset points",
+            code, (start, mine[0].value), xytext=(0, -11 - 13 * level), textcoords="offset points",
             ha="center", va="top", fontsize=10.5, fontweight="bold", color=hues[code], zorder=6,
         )  # fmt: skip
     for row in _frontier(rows):
@@ -105,7 +116,7 @@ def bytes_figure(report: "Report") -> Figure:
     _bytes_axis(axes, [row.bytes for row in rows])
     axes.set_xlabel("bytes per stored vector (log scale)")
     _title(axes, report.metric)
-    axes.margins(x=0.07, y=0.12)
+    axes.margins(x=0.07, y=0.12 + 0.05 * max(level for _, level in placed))
     return figure
 
 
@@ -142,7 +153,8 @@ def save_quality(report: "Report", path: Path) -> None:
     """Quality against width into a `.png` (200 dots an inch) or `.svg` file, on white."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": "matryo"}):
         figure = quality_figure(report)
-        figure.suptitle(f"{report.model} on {report.task}", x=0.02, ha="left", fontsize=12, fontweight="bold")
+        title = f"{_short(report.model)} on {report.task}"
+        figure.text(0.07, 1.0, title, va="bottom", fontsize=12, fontweight="bold", parse_math=False)
         kind = path.suffix[1:]
         facts: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
         write_atomically(
@@ -246,7 +258,7 @@ def _labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     shift = (heights[-1] - ordered[-1][1]) / 2 if heights else 0.0
     for (place, value, name, hue), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            name, (place, value), xytext=(right * 1.22, height - shift), textcoords="data",
+            _short(name), (place, value), xytext=(right * 1.22, height - shift), textcoords="data",
             va="center", color=hue, fontsize=10.5, fontweight="bold", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5, "alpha": 0.55},
         )  # fmt: skip
@@ -268,6 +280,11 @@ def _inline(svg: str, key: str, title: str, description: str) -> str:
     label = f'role="img" aria-labelledby="{key}-title {key}-desc"'
     names = f'<title id="{key}-title">{_safe(title)}</title><desc id="{key}-desc">{_safe(description)}</desc>'
     return f"{head} {label}>{names}{rest}"
+
+
+def _short(name: str) -> str:
+    """A name that fits beside a chart; the table has it whole."""
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 def _safe(text: str) -> str:

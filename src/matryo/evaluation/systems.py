@@ -124,7 +124,7 @@ def baseline(name: str, model: System, column: str, fit_vectors: Float32s | None
     pca = adapters.PCA().fit(sample)
     first, second = pca.transform(model.first), pca.transform(model.second)
     widths = tuple(w for w in model.widths if w <= first.shape[1])
-    note = f"PCA: uncentred, fitted on {said}; components in order of variance, cut to each width."
+    note = f"PCA: fitted on {said}; components in order of variance, no mean taken off, cut to each width."
     if len(widths) < len(model.widths):
         note += f" It has {first.shape[1]} components, so wider rows are left out."
     return System("PCA", first, second, widths), note

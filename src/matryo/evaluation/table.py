@@ -40,7 +40,8 @@ def cells(row: Row) -> list[str]:
 
 def signed(value: float) -> str:
     """A difference with its sign (a true minus), four places."""
-    return f"{value:+.4f}".replace("-", "−")
+    rounded = round(value, 4)
+    return f"{rounded:+.4f}".replace("-", "−") if rounded else "0.0000"
 
 
 def as_text(report: "Report", metric: str | None = None) -> str:
