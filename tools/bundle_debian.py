@@ -25,7 +25,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # No time stamp and no name inside, so that the same rows give the same bytes.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed, io.BytesIO(text.encode()) as source:
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+        io.BytesIO(text.encode()) as source,
+    ):
         shutil.copyfileobj(source, packed)
 
 

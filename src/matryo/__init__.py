@@ -26,7 +26,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'matryo' has no attribute {name!r}")
     home = _HOME[name]
-    return importlib.import_module(f"{home}.{name}") if home == "matryo" else getattr(importlib.import_module(home), name)
+    if home == "matryo":
+        return importlib.import_module(f"matryo.{name}")
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,16 @@ from matryo.cli.terminal import Json, say, say_json
 EXTRAS = {
     "base": ("numpy", "faiss-cpu", "tokenizers", "safetensors", "typer", "rich"),
     "parquet": ("pyarrow",),
-    "train": ("torch", "sentence-transformers", "transformers", "accelerate", "datasets", "pydantic", "PyYAML", "matplotlib"),
+    "train": (
+        "torch",
+        "sentence-transformers",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "pydantic",
+        "PyYAML",
+        "matplotlib",
+    ),
     "eval": ("scikit-learn", "scipy", "matplotlib", "Jinja2"),
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "avx512_vpopcntdq", "asimd", "sve")

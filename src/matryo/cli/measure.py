@@ -24,9 +24,13 @@ def evaluate(
     widths: Annotated[str | None, typer.Option(help="Widths, trained or not, such as 32,64,200.")] = None,
     codes: Annotated[str, typer.Option(help="Codes, such as float32,int8,binary.")] = "float32,int8,binary",
     baselines: Annotated[str, typer.Option(help="Of pca and random; 'none' for neither.")] = "pca,random",
-    fit: Annotated[Path | None, typer.Option(help="Pairs whose positives PCA is fitted on; the corpus if unset.")] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="Pairs whose positives PCA is fitted on; the corpus if unset.")
+    ] = None,
     twin: Annotated[str | None, typer.Option(help="The same model trained without nesting, to be cut.")] = None,
-    separate: Annotated[list[str] | None, typer.Option(help="WIDTH=MODEL trained at that width alone; repeatable.")] = None,
+    separate: Annotated[
+        list[str] | None, typer.Option(help="WIDTH=MODEL trained at that width alone; repeatable.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="nDCG@k, recall@k, MRR@k or mAP@k.")] = "nDCG@10",
     report: Annotated[Path | None, typer.Option(help="Write the page with charts here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here as well.")] = None,

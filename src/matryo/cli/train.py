@@ -37,7 +37,9 @@ def train(
     dim: Annotated[int | None, typer.Option(help="Full width of a new static encoder.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Retrieval folder, STS file or pairs file to measure on.")] = None,
     dev_split: Annotated[str | None, typer.Option(help="Judgements of a retrieval folder.")] = None,
-    best: Annotated[str | None, typer.Option(help="Keep the checkpoint best at this width, by 'mean', or 'last'.")] = None,
+    best: Annotated[
+        str | None, typer.Option(help="Keep the checkpoint best at this width, by 'mean', or 'last'.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the pairs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,

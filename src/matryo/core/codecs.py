@@ -113,7 +113,8 @@ class BFloat16(Codec):
         return (rounded >> np.uint32(16)).astype(np.uint16)
 
     def decode(self, codes: Codes) -> Float32s:
-        return (np.asarray(codes, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+        wide: NDArray[np.uint32] = np.asarray(codes, dtype=np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
 
     @property
     def bytes_per_item(self) -> int:
@@ -149,7 +150,8 @@ class Int8(Codec):
 
     def encode(self, prefixes: Float32s) -> Codes:
         checked = self._checked(np.asarray(prefixes, dtype=np.float32))
-        return np.clip(np.rint(checked / self._fitted), -127, 127).astype(np.int8)
+        codes: Codes = np.clip(np.rint(checked / self._fitted), -127, 127).astype(np.int8)
+        return codes
 
     def decode(self, codes: Codes) -> Float32s:
         return np.asarray(codes, dtype=np.float32) * self._fitted

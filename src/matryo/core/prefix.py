@@ -5,6 +5,7 @@ Letters in array names: N items, Q queries, B batch, D full width, d a width, L 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,9 +47,9 @@ def truncate(x: Array, width: int) -> Array:
     if isinstance(prefix, np.ndarray):
         if prefix.dtype.kind != "f":
             raise InputError(f"vectors must be floating point, got {prefix.dtype}")
-        return prefix * inverse_norms(prefix)[..., None].astype(np.promote_types(prefix.dtype, np.float32)).astype(
-            prefix.dtype, copy=False
-        )
+        kind = np.promote_types(prefix.dtype, np.float32)
+        unit: Any = prefix.astype(kind, copy=False) * inverse_norms(prefix)[..., None].astype(kind)
+        return unit.astype(prefix.dtype, copy=False)  # type: ignore[no-any-return]
     wide = prefix.float() if prefix.element_size() < 4 else prefix
     squares = (wide * wide).sum(-1, keepdim=True)
     scale = (squares + (squares == 0)) ** -0.5 * (squares > 0)
@@ -58,7 +59,8 @@ def truncate(x: Array, width: int) -> Array:
 def inverse_norms(x: Floats) -> Floats:
     """1 / length of each row of `x` (..., d), as float64; 0 where the row is all zeros."""
     squares = np.einsum("...d,...d->...", x, x, dtype=np.float64)
-    return np.divide(1.0, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
+    inverse: Floats = np.divide(1.0, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
+    return inverse
 
 
 @dataclass(frozen=True, init=False)
@@ -82,7 +84,7 @@ class Nesting:
         for width in got:
             if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or width < 1:
                 raise InputError(f"widths must be integers >= 1, got {width!r} in {got}")
-        if any(a >= b for a, b in zip(got, got[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(got)):
             raise InputError(f"widths must rise strictly, got {got}; try {sorted(set(got))}")
         scale = [1.0] * len(got) if weights is None else [float(w) for w in weights]
         if len(scale) != len(got):

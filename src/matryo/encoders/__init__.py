@@ -1,5 +1,6 @@
 """Encoders: texts in, full-width vectors out; `load` finds the right one for a name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from matryo.core.errors import InputError
@@ -28,18 +29,26 @@ def load(name: str | Path, device: str | None = None) -> Model:
         return Model(ToyEncoder(), Card("toy", Nesting.doubling(8, 64)))
     folder = Path(name)
     if folder.is_dir():
-        from matryo.encoders.folder import module_types, read_card
+        from matryo.encoders.folder import module_folder, module_types, read_card
 
         types = module_types(folder)
         card = read_card(folder)
         if len(types) == 1 and types[0].endswith(".StaticEmbedding"):
             from matryo.encoders.static import StaticEncoder
 
-            return Model(StaticEncoder.load(folder), card)
+            return _model(StaticEncoder.load(module_folder(folder)), card, folder)
     elif isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(f"no such model folder: {name}")
     else:
         card = Card(text)
     from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 
-    return Model(SentenceTransformerEncoder.load(text, device), card)
+    return _model(SentenceTransformerEncoder.load(text, device), card, folder)
+
+
+def _model(encoder: Encoder, card: Card, folder: Path) -> Model:
+    """A model; widths that a foreign folder merely declares often leave out the full one, which is added."""
+    if card.nesting is not None and not (folder / "matryo.json").is_file():
+        inside = [width for width in card.nesting.widths if width < encoder.width]
+        card = replace(card, nesting=Nesting([*inside, encoder.width]))
+    return Model(encoder, card)

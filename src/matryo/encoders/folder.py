@@ -4,6 +4,7 @@ Format 1 holds the nesting, the depths, the order of steps from vector to prefix
 how the model was trained; int8 scales per width lie beside it in `matryo.safetensors`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from matryo.core.errors import DamagedError, FormatError, InputError
-from matryo.core.files import write_atomically, write_text
+from matryo.core.files import digest, write_atomically, write_text
 from matryo.core.prefix import Nesting
 from matryo.encoders.model import Card
 
@@ -66,7 +67,7 @@ def read_card(folder: Path) -> Card:
             int8_scales={int(key.removeprefix("int8/")): value for key, value in scales.items()},
             training=content["training"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError, OSError) as error:
         raise DamagedError(f"{path} cannot be read ({error}); restore the folder from a copy") from error
 
 
@@ -74,7 +75,11 @@ def _declared_widths(folder: Path) -> Nesting | None:
     """The widths a foreign model declares in `config.json`, the keys that vLLM and SGLang read."""
     config = _json(folder / "config.json")
     widths = config.get("matryoshka_dimensions") if isinstance(config, dict) else None
-    return Nesting(sorted(set(widths))) if isinstance(widths, list) and widths else None
+    if not isinstance(widths, list) or not widths:
+        return None
+    if not all(isinstance(width, int) for width in widths):
+        raise DamagedError(f"{folder}/config.json: matryoshka_dimensions must be whole numbers, got {widths}")
+    return Nesting(sorted(set(widths)))
 
 
 def module_types(folder: Path) -> list[str]:
@@ -86,15 +91,29 @@ def module_types(folder: Path) -> list[str]:
     modules = _json(folder / "modules.json")
     if modules is None:
         raise InputError(f"{folder} is not a model folder: it has no modules.json")
-    types = [str(m.get("type", "")) for m in modules] if isinstance(modules, list) else []
+    listed = isinstance(modules, list) and all(isinstance(module, dict) for module in modules)
+    types = [str(module.get("type", "")) for module in modules] if listed else []
     for name in types or [""]:
         if not name.startswith(TRUSTED):
-            raise InputError(f"{folder}/modules.json names the class {name!r}; only sentence-transformers' own are loaded")
-    if not any(folder.rglob("*.safetensors")):
-        raise InputError(f"{folder} holds no safetensors weights; pickled weights are never loaded, convert them first")
+            raise InputError(
+                f"{folder}/modules.json names the class {name!r}; only sentence-transformers' own are loaded"
+            )
+    places = [folder / str(module.get("path", "")) for module in modules]
+    for place in places:
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{folder}/modules.json names a module outside its folder: {place}")
+    pickled = [p for p in places if any(p.glob("pytorch_model*.bin")) and not any(p.glob("model*.safetensors"))]
+    if pickled or not any(path.name not in (SCALES,) for path in folder.rglob("*.safetensors")):
+        where = pickled[0] if pickled else folder
+        raise InputError(f"{where} holds no safetensors weights; pickled weights are never loaded, convert them first")
     if any("auto_map" in (_json(path) or {}) for path in folder.rglob("config.json")):
         raise InputError(f"{folder} asks for remote code (auto_map in config.json); it is never run")
     return types
+
+
+def module_folder(folder: Path) -> Path:
+    """Where the first module's files lie: the folder itself, or the folder inside it that `modules.json` names."""
+    return folder / str(_json(folder / "modules.json")[0].get("path", ""))
 
 
 def _json(path: Path) -> Any:
@@ -102,5 +121,18 @@ def _json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not JSON ({error})") from error
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """A digest of everything in a model folder that decides its vectors; nothing for a model known by name alone."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {}
+    whole = hashlib.blake2b(digest_size=16)
+    kinds = (".safetensors", ".json", ".txt", ".model")
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in kinds and "checkpoints" not in p.parts):
+        if path.name not in (CARD, SCALES):
+            whole.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
+    return {"blake2b": whole.hexdigest()}

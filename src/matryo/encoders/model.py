@@ -104,6 +104,8 @@ class Model:
         if depth is not None and (self.depths is None or depth not in self.depths):
             allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
             raise InputError(f"depth {depth!r} was not trained; this model has {allowed}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number above 0, got {batch_size!r}")
         store = codec(code, width)
         if code == "int8":
             if width not in self.card.int8_scales:

@@ -1,6 +1,8 @@
 """Any sentence-transformers folder or hub name, its pooling and steps kept. Needs the `train` extra."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,10 @@ class SentenceTransformerEncoder:
         except ImportError as error:
             raise MissingExtraError("sentence-transformers", "train", f"the model {name!r}") from error
         try:
-            model = SentenceTransformer(
-                name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-            )
+            with _no_bar_in_a_pipe():
+                model = SentenceTransformer(
+                    name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+                )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines()
             raise InputError(
@@ -40,7 +43,25 @@ class SentenceTransformerEncoder:
 
     def vectors(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> NDArray[np.float32]:
         """(N, D) vectors as the model gives them."""
+        if not texts:
+            return np.zeros((0, self.width), dtype=np.float32)
         out = self.model.encode(
             list(texts), batch_size=batch_size, show_progress_bar=progress, convert_to_numpy=True, truncate_dim=None
         )
         return np.asarray(out, dtype=np.float32)
+
+
+@contextmanager
+def _no_bar_in_a_pipe() -> Iterator[None]:
+    """transformers shows a bar while it reads weights; where standard error is not a terminal, it does not."""
+    from transformers.utils import logging
+
+    noise: Any = logging
+    shown = noise.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        noise.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            noise.enable_progress_bar()

@@ -3,12 +3,12 @@
 Letters: B anchors, N candidates, R rows of a chunk, D full width, L widths, d a width.
 
 The logits of width l are G_l[i,j] * u_l[i] * v_l[j], where G_l is the product of the un-normalised prefixes,
-u_l = 1 / (temperature_l |a_i[:d_l]|) and v_l = 1 / |c_j[:d_l]|. G_l is G_{l-1} plus the product of one block of columns,
-so all L products together cost one product of full width. Backwards the same holds: the gradient of block k of the
-candidates is (the sum over l >= k of W_l)^T times block k of the anchors, with W_l = dloss/dG_l; walking the widths from
-the widest down, that suffix sum is a running sum and each block needs one product. What normalising adds to the gradient
-is, per row and width, a multiple of the row itself. Rows are taken in chunks, and the gradient is formed in the same pass
-as the value: nothing of size B x N outlives a chunk.
+u_l = 1 / (temperature_l |a_i[:d_l]|) and v_l = 1 / |c_j[:d_l]|. G_l is G_{l-1} plus the product of one block of
+columns, so all L products together cost one product of full width. Backwards the same holds: the gradient of block k of
+the candidates is (the sum over l >= k of W_l)^T times block k of the anchors, with W_l = dloss/dG_l; walking the widths
+from the widest down, that suffix sum is a running sum and each block needs one product. What normalising adds to the
+gradient is, per row and width, a multiple of the row itself. Rows are taken in chunks, and the gradient is formed in
+the same pass as the value: nothing of size B x N outlives a chunk.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,9 @@ def nested_info_nce(
     places = torch.arange(len(anchors_BD), device=device) if targets is None else targets.to(device)
     if group is not None and len(group) < len(candidates_ND):
         group = torch.cat([group, group.new_full((len(candidates_ND) - len(group),), -1)])
-    rows = chunk or max(1, min(CHUNK_SCORES // len(candidates_ND), BUFFER_SCORES // (len(candidates_ND) * len(nesting))))
+    rows = chunk or max(
+        1, min(CHUNK_SCORES // len(candidates_ND), BUFFER_SCORES // (len(candidates_ND) * len(nesting)))
+    )
     setting = _Setting(
         nesting, places, symmetric, ignore, group, min(rows, len(anchors_BD)), 1 / coolest > PLAIN_EXP_LIMIT
     )
@@ -123,7 +125,9 @@ class _NestedInfoNCE(torch.autograd.Function):
             values = sweep.run(gradients=any(ctx.needs_input_grad[:3]))
         ctx.mark_non_differentiable(values)
         if sweep.gradients:
-            ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(sweep.gradients, (anchors, candidates), strict=False)))
+            ctx.save_for_backward(
+                *(g.to(x.dtype) for g, x in zip(sweep.gradients, (anchors, candidates), strict=False))
+            )
             ctx.temperature_gradient = sweep.gradients[2]
         weights = values.new_tensor(setting.nesting.weights)
         return (weights * values).sum(), values
@@ -249,7 +253,7 @@ class _Sweep:
         self.grad_candidates[:, block].addmm_(suffix.T, self.anchors[rows, block])
 
     def _add_pulls(self) -> None:
-        """Normalising makes the loss blind to a prefix's length: take the radial part out of the gradient, per width."""
+        """Normalising makes the loss blind to a prefix's length: take the radial part out of the gradient."""
         for x, grad, pull, squares in (
             (self.anchors, self.grad_anchors, self.row_pull, self.anchor_squares),
             (self.candidates, self.grad_candidates, self.column_pull, self.candidate_squares),
@@ -316,7 +320,7 @@ def _check(
             raise InputError(f"targets must be ({size},) integers, got {tuple(targets.shape)} of {targets.dtype}")
         if int(targets.min()) < 0 or int(targets.max()) >= count:
             raise InputError(f"targets must lie in 0..{count - 1}, got {int(targets.min())}..{int(targets.max())}")
-        if symmetric and len(targets.unique()) < size:
+        if symmetric and int(torch.bincount(targets).max()) > 1:
             raise InputError("the symmetric form needs distinct targets: two anchors share a positive")
     if ignore is not None and (ignore.shape != (size, count) or ignore.dtype != torch.bool):
         raise InputError(f"ignore must be ({size}, {count}) bool, got {tuple(ignore.shape)} of {ignore.dtype}")

@@ -3,7 +3,7 @@
 from matryo.core.errors import MissingExtraError
 
 try:
-    import pydantic as _pydantic
+    import pydantic as _pydantic  # noqa: F401
     import sentence_transformers as _sentence_transformers  # noqa: F401
     import torch as _torch  # noqa: F401
 except ImportError as error:

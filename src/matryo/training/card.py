@@ -58,7 +58,12 @@ def score_rows(dev: DevEvaluator, encode: Encode, nesting: Nesting) -> list[dict
 def _row(task: str, metric: str, width: int, code: str, value: float) -> dict[str, Any]:
     size = codec(code, width).bytes_per_item
     return {
-        "task": task, "metric": metric, "width": width, "code": code, "bytes": size, "value": round(float(value), 5)
+        "task": task,
+        "metric": metric,
+        "width": width,
+        "code": code,
+        "bytes": size,
+        "value": round(float(value), 5),
     }
 
 
@@ -79,7 +84,7 @@ def write_readme(folder: Path, card: Card, config: TrainConfig) -> None:
         "",
     ]
     if card.scores:
-        lines += _table(card) + ["", f"![Quality against width]({FIGURE})", ""]
+        lines += [*_table(card), "", f"![Quality against width]({FIGURE})", ""]
         _figure(folder / FIGURE, card)
     lines += [
         "## Use",
@@ -112,7 +117,7 @@ def _table(card: Card) -> list[str]:
     first = card.scores[0]
     full = max(row["width"] for row in card.scores)
     lines = [
-        f"{first['metric']} on {first['task']} by width and code. Scores share a dev set with the choice of the checkpoint.",
+        f"{first['metric']} on {first['task']} by width and code. The checkpoint was chosen on the same dev set.",
         "",
         "| width | " + " | ".join(codes) + " | share of full quality |",
         "|---|" + "---|" * (len(codes) + 1),

@@ -56,7 +56,9 @@ class TrainConfig(_Checked):
     epochs: int = Field(5, ge=1)
     batch_size: int = Field(1024, ge=2, description="Pairs a step; every other pair of the batch is a negative.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of all steps in which the rate rises; then it falls to 0.")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of all steps in which the rate rises; then it falls to 0."
+    )
     weight_decay: float = Field(0.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     dev: Path | None = Field(None, description="Retrieval folder, STS file or pairs file, measured while training.")
@@ -65,7 +67,9 @@ class TrainConfig(_Checked):
     best: int | Literal["mean", "last"] = Field(
         "mean", description="Keep the checkpoint best at this width, by the mean of all, or the last."
     )
-    save_steps: int | None = Field(None, ge=1, description="Checkpoint and measure every so many steps; once an epoch if unset.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Checkpoint and measure every so many steps; once an epoch if unset."
+    )
     seed: int = Field(0, ge=0)
     device: str | None = Field(None, description="cpu, cuda, ...; torch's choice if unset.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps whatever the epochs.")

@@ -28,18 +28,18 @@ def read_dev(path: Path, split: str) -> Retrieval | ScoredPairs:
     # The same positive may belong to several anchors: it is one document, relevant to each of them.
     place = {text: n for n, text in enumerate(dict.fromkeys(pairs.positives))}
     count = len(pairs)
-    judged = Judgements(
-        np.arange(count), np.array([place[text] for text in pairs.positives]), np.ones(count), count
-    )
+    judged = Judgements(np.arange(count), np.array([place[text] for text in pairs.positives]), np.ones(count), count)
     ids = [str(n) for n in range(count)]
     return Retrieval(path.name.split(".")[0], pairs.anchors, ids, list(place), ids[: len(place)], judged)
 
 
 class DevEvaluator(BaseEvaluator):
-    """Scores of every trained width from one encoding, as the trainer wants them: {metric@width: value, mean: value}."""
+    """Scores of every trained width from one encoding, as {width_d: value, mean: value}."""
 
-    def __init__(self, task: Retrieval | ScoredPairs, nesting: Nesting, metric: str, encode: Callable[[Any], Encode]) -> None:
-        super().__init__()
+    def __init__(
+        self, task: Retrieval | ScoredPairs, nesting: Nesting, metric: str, encode: Callable[[Any], Encode]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.task, self.nesting, self.encode = task, nesting, encode
         self.metric = Metric.parse(metric)
         self.greater_is_better = True
@@ -53,7 +53,9 @@ class DevEvaluator(BaseEvaluator):
     def __call__(self, model: Any, output_path: Any = None, epoch: int = -1, steps: int = -1) -> dict[str, float]:
         """Scores of the model as it is now."""
         scores = self.scores(self.encode(model))
-        return {f"width_{width}": value for width, value in scores.items()} | {"mean": float(np.mean(list(scores.values())))}
+        return {f"width_{width}": value for width, value in scores.items()} | {
+            "mean": float(np.mean(list(scores.values())))
+        }
 
     def scores(self, encode: Encode) -> dict[int, float]:
         """width -> score."""

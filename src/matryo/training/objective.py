@@ -56,6 +56,7 @@ class NestedObjective(nn.Module):
         for name, rows in zip(names, columns, strict=False):
             bad = (~torch.isfinite(rows)).any(1).nonzero()
             if len(bad):
-                return f"the model gave NaN or Inf for the {name} of row {int(bad[0])} of this batch; lower the learning rate"
+                where = f"the {name} of row {int(bad[0])} of this batch"
+                return f"the model gave NaN or Inf for {where}; lower the learning rate"
         width = self.nesting.widths[int((~torch.isfinite(widths)).nonzero()[0])]
         return f"the loss is not finite at width {width}; raise the temperature or lower the learning rate"

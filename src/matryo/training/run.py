@@ -160,18 +160,19 @@ class _Run:
         default = 0.065 if self.static else 0.05
         objective = NestedObjective(self.model, self.nesting, config.temperature or default, config.symmetric)
         dataset, collator = self._data()
-        optimizer = None
+        collate: Any = collator
+        optimizers: Any = (None, None)
         if self.static:
             make_row_sparse(self.model)
-            optimizer = torch.optim.SparseAdam(self.model.parameters(), lr=config.rate(True))
+            optimizers = (torch.optim.SparseAdam(self.model.parameters(), lr=config.rate(True)), None)
         trainer = NestedTrainer(
             model=self.model,
             args=self._arguments(len(dataset)),
             train_dataset=dataset,
             loss=objective,
             evaluator=self.dev or None,
-            data_collator=collator,
-            optimizers=(optimizer, None),
+            data_collator=collate,
+            optimizers=optimizers,
             callbacks=[_Reporter(report, stop)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -189,7 +190,7 @@ class _Run:
         label = {"label": np.unique(pairs.groups, return_inverse=True)[1]} if pairs.groups else {}
         if not self.static:
             return Dataset.from_dict({**columns, **label}), None
-        tokenizer = self.model[0].tokenizer
+        tokenizer: Any = self.model[0].tokenizer
         bags = {name: TokenBags(tokenizer, texts, f"{self.config.pairs}: {name}") for name, texts in columns.items()}
         return Dataset.from_dict({name: range(len(pairs)) for name in columns} | label), BagCollator(bags)
 
@@ -231,8 +232,9 @@ class _Run:
         """Full-width vectors of texts by the model as it is in training."""
         if self.static:
             # The numpy encoder gives the same vectors faster, and is what will serve them.
-            table = model[0].embedding.weight.detach().cpu().numpy()
-            encoder: StaticEncoder | SentenceTransformerEncoder = StaticEncoder(model[0].tokenizer, table)
+            module: Any = model[0]
+            table = module.embedding.weight.detach().cpu().numpy()
+            encoder: StaticEncoder | SentenceTransformerEncoder = StaticEncoder(module.tokenizer, table)
         else:
             encoder = SentenceTransformerEncoder(model)
 
@@ -285,7 +287,7 @@ def _best_key(best: int | str) -> str:
     return "mean" if best == "mean" else f"width_{best}"
 
 
-class _Reporter(TrainerCallback):  # type: ignore[misc]
+class _Reporter(TrainerCallback):
     """Passes progress on, and turns a Ctrl-C into a checkpoint and an orderly end after the step."""
 
     def __init__(self, report: Callable[[Step], None] | None, stop: threading.Event) -> None:
@@ -303,8 +305,8 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
         if self.report and losses:
             self.report(Step(state.global_step, state.max_steps, losses=losses))
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        named = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        named = {key.removeprefix("eval_"): value for key, value in more["metrics"].items()}
         scores = {key: value for key, value in named.items() if key == "mean" or key.startswith("width_")}
         if self.report:
             self.report(Step(state.global_step, state.max_steps, scores=scores))
@@ -333,13 +335,14 @@ def _graceful_stop() -> Iterator[threading.Event]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Progress is ours to report: keep the trainer's own notes out of the way."""
-    level = transformers.logging.get_verbosity()
+    noise: Any = transformers.logging
+    level = noise.get_verbosity()
     own = logging.getLogger("sentence_transformers")
     before = own.level
-    transformers.logging.set_verbosity_error()
+    noise.set_verbosity_error()
     own.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        noise.set_verbosity(level)
         own.setLevel(before)

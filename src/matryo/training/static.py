@@ -1,7 +1,7 @@
 """Static encoders in training: tokenise once, touch only the rows a batch uses.
 
-The trained module is sentence-transformers' own StaticEmbedding, so the saved folder is theirs. Only its embedding bag is
-exchanged, for one whose gradient is sparse in rows.
+The trained module is sentence-transformers' own StaticEmbedding, so the saved folder is theirs. Only its embedding bag
+is exchanged, for one whose gradient is sparse in rows.
 """
 
 from collections.abc import Iterable
@@ -50,10 +50,11 @@ def _mark_coalesced(gradient: Tensor) -> Tensor:
 
 def make_row_sparse(model: SentenceTransformer) -> None:
     """Exchange the bag of a static model for a row-sparse one that shares its weight."""
-    module = model[0]
+    module: Any = model[0]
     weight = module.embedding.weight.detach()
-    bag = RowSparseBag(*weight.shape, mode="mean", _weight=weight)
-    bag.weight.register_hook(_mark_coalesced)
+    bag = RowSparseBag(weight.shape[0], weight.shape[1], mode="mean", _weight=weight)
+    weight_hook: Any = bag.weight.register_hook
+    weight_hook(_mark_coalesced)
     module.embedding = bag
 
 
@@ -65,7 +66,9 @@ class TokenBags:
         lengths = np.fromiter((len(e.ids) for e in encodings), np.int64, len(encodings))
         empty = np.flatnonzero(lengths == 0)
         if len(empty):
-            raise InputError(f"{what} of row {int(empty[0]) + 1} has no tokens ({texts[empty[0]][:40]!r}); remove the row")
+            raise InputError(
+                f"{what} of row {int(empty[0]) + 1} has no tokens ({texts[empty[0]][:40]!r}); remove the row"
+            )
         self.ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, int(lengths.sum()))
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
 

@@ -1,5 +1,5 @@
-"""sentence-transformers' trainer with three things changed: the nested loss logs every width, checkpoints appear whole or
-not at all, and training state is safetensors and JSON instead of pickles."""
+"""sentence-transformers' trainer with three things changed: the nested loss logs every width, checkpoints appear
+whole or not at all, and training state is safetensors and JSON instead of pickles."""
 
 import os
 import shutil
@@ -20,6 +20,10 @@ class NestedTrainer(SentenceTransformerTrainer):
     """Trains a NestedObjective. Only what differs from the trainer underneath is here."""
 
     staging: Path | None = None
+    # Narrower than the trainer underneath declares them, and there from the first step on.
+    loss: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -27,7 +31,7 @@ class NestedTrainer(SentenceTransformerTrainer):
         """The nested loss; the loss of each width goes to the log."""
         features, labels = self.collect_features(inputs)
         if model is self.model_wrapped and self.loss.model is not model:
-            self.loss = self.override_model_in_loss(self.loss, model)
+            self.loss = self.override_model_in_loss(self.loss, model)  # type: ignore[arg-type]
         loss, widths = self.loss(features, labels)
         named = zip(self.loss.nesting.widths, widths, strict=True)
         self.track_loss_components({f"loss@{width}": value for width, value in named})
@@ -39,14 +43,15 @@ class NestedTrainer(SentenceTransformerTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The length of the gradient for the log; torch has none for sparse gradients, whose values alone count."""
         sparse = [p.grad._values() for p in model.parameters() if p.grad is not None and p.grad.is_sparse]
-        return sum(v.square().sum() for v in sparse).sqrt() if sparse else super()._get_grad_norm(model, grad_norm)
+        parent: Any = super()._get_grad_norm
+        return sum(v.square().sum() for v in sparse).sqrt() if sparse else parent(model, grad_norm)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint aside, make it durable, then give it its name; keep the two newest and the best."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.staging = folder / STAGING
         try:
@@ -71,7 +76,7 @@ class NestedTrainer(SentenceTransformerTrainer):
                 shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self.model.save_pretrained(str(folder), create_model_card=False)
         own = {key: value for key, value in self.loss.state_dict().items() if not key.startswith("model.")}
         save_state(folder, "objective", own)

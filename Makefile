@@ -1,0 +1,47 @@
+# Every target sets itself up: a virtual environment in .venv with pinned versions (constraints.txt).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+.venv/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: .venv/.done ## make .venv with everything pinned
+
+demo: setup ## train, measure, index and search the bundled Debian descriptions; writes runs/demo/report.html
+	$(BIN)/matryo demo --out runs/demo
+
+test: setup ## the default tests, some minutes
+	$(BIN)/python -m pytest
+
+test-slow: setup ## every test, the long ones too
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: setup ## lint, format, types, rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/help_pages.py --check
+
+docs: setup ## write the generated command line pages again
+	$(BIN)/python tools/help_pages.py
+
+bench-smoke: setup ## every benchmark at a size that only shows it runs
+	$(BIN)/python benchmarks/loss/run.py --smoke
+	$(BIN)/python benchmarks/train_static/run.py --smoke
+	$(BIN)/python benchmarks/funnel/run.py --smoke
+	$(BIN)/python benchmarks/evaluation/run.py --smoke
+
+bench: setup ## every benchmark at its full size; about half an hour on two cores
+	$(BIN)/python benchmarks/loss/run.py
+	$(BIN)/python benchmarks/train_static/run.py
+	$(BIN)/python benchmarks/funnel/run.py
+	$(BIN)/python benchmarks/evaluation/run.py
+
+.PHONY: help setup demo test test-slow check docs bench bench-smoke
