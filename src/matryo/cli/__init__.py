@@ -44,6 +44,9 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error}\n")
+            return 2
         if hasattr(error, "format_message"):  # click's own usage errors
             return _say(error.format_message(), 2)
         traceback.print_exc()

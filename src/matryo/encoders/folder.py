@@ -6,6 +6,8 @@ how the model was trained; int8 scales per width lie beside it in `matryo.safete
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from matryo.core.errors import DamagedError, FormatError, InputError
-from matryo.core.files import digest, write_atomically, write_text
+from matryo.core.files import digest, storage_errors, write_atomically, write_text
 from matryo.core.prefix import Nesting
 from matryo.encoders.model import Card
 
@@ -26,11 +28,24 @@ STEPS = ["encode at full width", "truncate", "normalize"]
 TRUSTED = "sentence_transformers."
 
 
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """`storage_errors` that also knows a refusal by safetensors or tokenizers, whose errors are not OSErrors."""
+    with storage_errors(what):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError) or "(os error " not in str(error):
+                raise
+            raise OSError(str(error)) from error
+
+
 def write_card(folder: Path, card: Card) -> None:
     """Write `matryo.json` (last, so that its presence means a whole card) and the int8 scales into a model folder."""
     if card.int8_scales:
         scales = {f"int8/{width}": np.ascontiguousarray(scale) for width, scale in card.int8_scales.items()}
-        write_atomically(folder / SCALES, lambda path: save_file(scales, path))
+        with disk_errors(f"writing {folder / SCALES}"):
+            write_atomically(folder / SCALES, lambda path: save_file(scales, path))
     content = {
         "format": FORMAT,
         "name": card.name,

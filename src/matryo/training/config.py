@@ -101,6 +101,8 @@ class TrainConfig(_Checked):
             raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a mapping of {', '.join(cls.model_fields)}")
+        if isinstance(content.get("static"), dict) and isinstance(overrides.get("static"), dict):
+            overrides["static"] = {**content["static"], **overrides["static"]}
         return cls(**{**content, **overrides})
 
     def nesting(self, full: int) -> Nesting:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from matryo.core.errors import InputError
+from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import digest, write_text
 from matryo.core.prefix import Nesting
 from matryo.core.records import Pairs, read_pairs
 from matryo.encoders import Model, load
-from matryo.encoders.folder import CARD, module_types, write_card
+from matryo.encoders.folder import CARD, disk_errors, module_types, write_card
 from matryo.encoders.model import Card
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 from matryo.encoders.static import StaticEncoder
@@ -79,7 +79,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[Step],
         run.fit(report, stop)
         if stop.is_set():
             raise KeyboardInterrupt
-        run.finish()
+        with disk_errors(f"writing {config.out}"):
+            run.finish()
     return load(config.out)
 
 
@@ -100,6 +101,7 @@ class _Run:
         self._check_fit()
         self.dev = dev and DevEvaluator(dev, self.nesting, config.metric, self._encode)
         self.identity = {"config": _plain(config), "pairs": {"rows": len(self.pairs), "blake2b": digest(config.pairs)}}
+        self.dataset, self.collator = self._data()
         self._check_identity(resume)
 
     def _check_out(self, resume: bool) -> bool:
@@ -121,7 +123,11 @@ class _Run:
     def _model(self) -> SentenceTransformer:
         config = self.config
         if config.base is None:
-            return new_static(config.static, self.pairs, config.seed)
+            static, before = config.static, checkpoints(self.work)
+            if before:
+                # The rows of the table that goes on are numbered by the tokeniser saved with it.
+                static = static.model_copy(update={"tokenizer": before[-1] / "tokenizer.json"})
+            return new_static(static, self.pairs, config.seed)
         if Path(config.base).is_dir():
             module_types(Path(config.base))
         model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
@@ -146,7 +152,10 @@ class _Run:
         path = self.work / "run.json"
         text = json.dumps(self.identity, indent=2)
         if resume:
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise DamagedError(f"{path} cannot be read ({error}); choose another folder and start anew") from error
             if before != json.loads(text):
                 changed = [k for k, v in self.identity["config"].items() if before["config"].get(k) != v] or ["pairs"]
                 raise InputError(f"cannot resume {self.config.out}: {', '.join(changed)} changed since it was started")
@@ -159,8 +168,7 @@ class _Run:
         config = self.config
         default = 0.065 if self.static else 0.05
         objective = NestedObjective(self.model, self.nesting, config.temperature or default, config.symmetric)
-        dataset, collator = self._data()
-        collate: Any = collator
+        dataset, collate = self.dataset, cast(Any, self.collator)
         optimizers: Any = (None, None)
         if self.static:
             make_row_sparse(self.model)

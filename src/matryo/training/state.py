@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from matryo.core.errors import DamagedError
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
@@ -33,7 +36,13 @@ def save_state(folder: Path, name: str, state: Any) -> None:
 
 def load_state(folder: Path, name: str) -> Any:
     """What `save_state` wrote; tuples come back as lists."""
-    tensors = load_file(folder / f"{name}.safetensors")
+    try:
+        tensors = load_file(folder / f"{name}.safetensors")
+        content = json.loads((folder / f"{name}.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedError(
+            f"the checkpoint {folder} cannot be read ({error}); remove it and resume from the one before"
+        ) from error
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -42,7 +51,7 @@ def load_state(folder: Path, name: str) -> Any:
             return {key: fill(item) for key, item in value["__dict__"]}
         return [fill(item) for item in value] if isinstance(value, list) else value
 
-    return fill(json.loads((folder / f"{name}.json").read_text()))
+    return fill(content)
 
 
 def random_state() -> dict[str, Any]:

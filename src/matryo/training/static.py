@@ -109,12 +109,30 @@ def merge_bags(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A lower-casing WordPiece tokeniser with BERT's normalisation, trained on these texts."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    """A lower-casing WordPiece tokeniser with BERT's normalisation, trained on these texts: equal texts, equal tokens.
+
+    The trainer breaks ties between merges by token number, and numbers the letters inside words in the order of a hash
+    table that differs from call to call. So the letters are found first, and numbered in alphabetical order.
+    """
+    texts = list(texts)
+
+    def trained(size: int, first: list[str]) -> dict[str, int]:
+        made = _word_piece(models.WordPiece(unk_token=UNKNOWN))
+        made.train_from_iterator(
+            texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
+        )
+        return made.get_vocab()
+
+    letters = sorted(token for token in trained(0, [UNKNOWN]) if token.startswith("##") and len(token) == 3)
+    tokenizer = _word_piece(models.WordPiece(vocab=trained(vocabulary, [UNKNOWN, *letters]), unk_token=UNKNOWN))
+    tokenizer.add_special_tokens([UNKNOWN])
+    return tokenizer
+
+
+def _word_piece(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=[UNKNOWN], show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -128,7 +146,10 @@ def new_static(config: StaticConfig, pairs: Pairs, seed: int) -> SentenceTransfo
     if config.tokenizer is None:
         tokenizer = train_tokenizer(texts, config.vocabulary)
     elif config.tokenizer.is_file():
-        tokenizer = Tokenizer.from_file(str(config.tokenizer))
+        try:
+            tokenizer = Tokenizer.from_file(str(config.tokenizer))
+        except Exception as error:  # tokenizers raises bare Exception for malformed files
+            raise InputError(f"{config.tokenizer} is not a tokenizer.json ({error})") from error
     else:
         raise InputError(f"no such file: {config.tokenizer}")
     tokenizer.no_truncation()
@@ -148,6 +169,6 @@ def _inverse_document_frequency(tokenizer: Tokenizer, texts: list[str]) -> NDArr
     """log((N + 1) / (documents with the token + 1)) of each token, scaled to mean 1."""
     documents = np.zeros(tokenizer.get_vocab_size())
     for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        documents[np.unique(encoding.ids)] += 1
+        documents[np.unique(np.array(encoding.ids, np.int64))] += 1
     idf = np.log((len(texts) + 1) / (documents + 1)) + 1e-3
     return np.asarray(idf / idf.mean(), dtype=np.float64)

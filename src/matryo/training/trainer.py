@@ -9,7 +9,8 @@ from typing import Any
 from sentence_transformers import SentenceTransformerTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from matryo.core.files import fsync_file, fsync_folder, storage_errors
+from matryo.core.files import fsync_file, fsync_folder
+from matryo.encoders.folder import disk_errors
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
 STAGING = ".unfinished"
@@ -55,7 +56,7 @@ class NestedTrainer(SentenceTransformerTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.staging = folder / STAGING
         try:
-            with storage_errors(f"saving {folder / name}"):
+            with disk_errors(f"saving {folder / name}"):
                 shutil.rmtree(self.staging, ignore_errors=True)
                 self.staging.mkdir(parents=True)
                 super()._save_checkpoint(model, trial)

