@@ -165,9 +165,7 @@ def test_zero_rows_have_cosine_zero_and_finite_gradients():
     fast.backward()
     got = a.grad.clone(), c.grad.clone()
     a.grad = c.grad = None
-    slow = slow_twin(
-        a, c, nesting, torch.tensor(0.05), torch.arange(5), False, torch.ones(5, 5, dtype=torch.bool)
-    )
+    slow = slow_twin(a, c, nesting, torch.tensor(0.05), torch.arange(5), False, torch.ones(5, 5, dtype=torch.bool))
     slow.backward()
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(got[0], a.grad)
@@ -229,9 +227,7 @@ ONE = torch.ones(3, 8)
             r"lie in 0\.\.2, got 0\.\.3",
         ),
         (
-            lambda: nested_info_nce(
-                ONE, ONE, nesting=mt.Nesting([8]), targets=torch.tensor([0, 1, 1]), symmetric=True
-            ),
+            lambda: nested_info_nce(ONE, ONE, nesting=mt.Nesting([8]), targets=torch.tensor([0, 1, 1]), symmetric=True),
             "distinct targets",
         ),
         (

@@ -24,8 +24,8 @@ from matryo.core.prefix import Nesting
 
 CHUNK_SCORES = 1 << 20
 """Rows x candidates of one Gram buffer: big enough for an efficient product, small enough to stay in a CPU's cache."""
-BUFFER_SCORES = 12 << 20
-"""Scores all L Gram buffers of a chunk may hold together: 48 MB of float32."""
+BUFFER_SCORES = 24 << 20
+"""Scores all L Gram buffers of a chunk may hold together: 96 MB of float32."""
 PLAIN_EXP_LIMIT = 40.0
 """exp(+-40) and sums of it are far inside float32, so logits up to it need no subtraction of the row's maximum."""
 MASKED = -1e30
@@ -229,18 +229,18 @@ class _Sweep:
         if columns is not None:
             value = value + share * (columns[level, targets] - positives).sum()
         if gradients:
-            weight = self.setting.nesting.weights[level] * share
-            slopes.mul_((weight / sums)[:, None])
+            # dloss/dlogit times u, the part of dlogit/dG that goes by row; what goes by column follows with the sum.
+            weights = (self.setting.nesting.weights[level] * share) * self.u[level, rows]
+            slopes.mul_((weights / sums)[:, None])
             if columns is not None:
-                slopes.add_(torch.exp(logits - columns[level]), alpha=weight)
-            slopes[own, targets] -= weight if columns is None else 2 * weight
+                slopes.addcmul_(torch.exp(logits - columns[level]), weights[:, None])
+            slopes[own, targets] -= weights if columns is None else 2 * weights
             self._add_slopes(level, rows, logits, slopes)
         return value
 
     def _add_slopes(self, level: int, rows: slice, logits: Tensor, slopes: Tensor) -> None:
-        """Take dloss/dlogits (destroyed) into the running suffix sum of W and into the pulls on both lengths."""
+        """Take u * dloss/dlogits (destroyed) into the running suffix sum of W and into the pulls on both lengths."""
         u = self.u[level, rows]
-        slopes.mul_(u[:, None])
         self.suffix[: len(slopes)].addcmul_(slopes, self.v[level])
         slopes.mul_(logits)
         back = torch.where(u > 0, 1 / u, 0)
