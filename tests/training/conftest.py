@@ -33,16 +33,16 @@ def config(pairs_file: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 def interrupted(config) -> Callable[..., TrainConfig]:
     """A run that an exception ended after step 5; its checkpoints of steps 2 and 4 are there."""
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(step) -> None:
         if step.step == 5:
-            raise Stop
+            raise StoppedError
 
     def make(**options) -> TrainConfig:
         made = config(**options)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             train(made, report=stop)
         return made
 

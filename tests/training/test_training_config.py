@@ -50,7 +50,9 @@ def test_what_is_required_is_named():
     refused(lambda: TrainConfig(out="model"), "pairs: Field required")
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "not YAML"), ("- 1", "expected a mapping of pairs, out"), ("", "map")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "not YAML"), ("- 1", "expected a mapping of pairs, out"), ("", "map")]
+)
 def test_file_that_is_no_mapping(tmp_path, text, said):
     (tmp_path / "run.yaml").write_text(text)
     refused(lambda: TrainConfig.from_yaml(tmp_path / "run.yaml"), said)

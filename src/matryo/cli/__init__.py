@@ -7,6 +7,7 @@ import traceback
 import typer
 
 from matryo.cli import demo, doctor, index, measure, train
+from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
 app = typer.Typer(
@@ -34,10 +35,11 @@ def run(arguments: list[str]) -> int:
     # Hub look-ups only happen for hub names; telemetry of the libraries underneath never.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        status = int(app(arguments, standalone_mode=False) or 0)
+        return _say("interrupted", status) if status == 130 else status
     except MatryoError as error:
         return _say(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort) as error:
+    except (InterruptedByUserError, KeyboardInterrupt, typer.Abort) as error:
         return _say(str(error) or "interrupted", 130)
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; nothing is left to say.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matryo.cli.terminal import Json, bar, note, say, say_json
+from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _fill(
                 done += len(part)
                 progress.by(len(part))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
+        raise InterruptedByUserError(
             f"interrupted; {done} of {len(rows)} documents are in {folder}, the rest can follow by 'matryo index add'"
         ) from None
 

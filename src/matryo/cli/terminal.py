@@ -11,6 +11,10 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 
+class InterruptedByUserError(Exception):
+    """Ctrl-C, with words about what is kept. typer swallows a KeyboardInterrupt together with its message."""
+
+
 def say(text: str) -> None:
     """A line of the answer."""
     sys.stdout.write(text + "\n")

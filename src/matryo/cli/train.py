@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matryo.cli.terminal import Json, bar, note, say, say_json
+from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def train(
         try:
             model = run(settings, resume=resume, report=report)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+            raise InterruptedByUserError(
                 f"interrupted; finished steps are kept in {settings.out}, go on with the same command and --resume"
             ) from None
     assert model.nesting is not None

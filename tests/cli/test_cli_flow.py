@@ -1,0 +1,136 @@
+"""The verbs one after the other on tiny data, as a user would type them."""
+
+import json
+import shutil
+
+import pytest
+
+from matryo.cli import run
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command line in this process: (exit status, standard output, standard error)."""
+
+    def go(*arguments):
+        status = run([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return go
+
+
+def test_from_pairs_to_answers(cli, python, pairs_file, dev_folder, tmp_path, debian_rows):
+    yaml = tmp_path / "small.yaml"
+    yaml.write_text("static: {vocabulary: 500}\nbatch_size: 40\nepochs: 2\n")
+    model, index = tmp_path / "model", tmp_path / "docs.matryo"
+    ran = python(
+        "-m",
+        "matryo",
+        "train",
+        pairs_file,
+        "--config",
+        yaml,
+        "--dim",
+        32,
+        "--dev",
+        dev_folder,
+        "--out",
+        model,
+        "--json",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["widths"] == [8, 16, 32]
+    assert "step 10/10 loss 8:" in ran.stderr
+    assert "dev 8:" in ran.stderr
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert "\r" not in ran.stdout + ran.stderr
+
+    page, out = tmp_path / "report.html", tmp_path / "report.json"
+    line = ["eval", model, dev_folder, "--baselines", "random", "--resamples", 50, "--report", page, "--out", out]
+    status, said, _ = cli(*line, "--json")
+    assert status == 0
+    assert json.loads(said) == json.loads(out.read_text())
+    assert "<svg" in page.read_text()
+    status, said, _ = cli("eval", model, dev_folder, "--widths", "8,32", "--baselines", "none", "--resamples", 50)
+    assert status == 0
+    assert "nDCG@10" in said
+
+    status, said, _ = cli(
+        "index", "build", dev_folder, "--model", model, "--out", index, "--metadata", "section", "--json"
+    )
+    assert status == 0
+    assert json.loads(said)["items"] == 120
+
+    question = " ".join(debian_rows[0]["positive"].split())
+    status, said, err = cli("search", index, question, "-k", 3)
+    assert status == 0
+    assert said.splitlines()[1].split()[1] == "d0"
+    assert len(said.splitlines()) == 4
+    assert " ms for 1 queries" in err
+    plan = "8:int8 keep 60 > 32:float32"
+    line = ["search", index, question, "mail", "--plan", plan, "--where", '{"section": "libs"}', "--explain"]
+    status, said, _ = cli(*line, "--json", "-k", 5)
+    assert status == 0
+    found = json.loads(said)
+    assert [len(query["hits"]) for query in found["queries"]] == [5, 5]
+    assert {hit["metadata"]["section"] for query in found["queries"] for hit in query["hits"]} == {"libs"}
+    assert found["explanation"]
+    status, _, err = cli(*line)
+    assert status == 0
+    assert "'stage'" in err
+
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "document": "a brand new package", "section": "net"}) + "\n")
+    status, said, _ = cli("index", "add", index, more, "--metadata", "section", "--json")
+    assert status == 0
+    assert json.loads(said)["items"] == 121
+    assert cli("index", "delete", index, "d0", "d1", "nobody") == (0, "deleted 2 of 3\n", "")
+    assert cli("index", "compact", index) == (0, "dropped 2 dead rows\n", "")
+    assert cli("index", "check", index)[0] == 0
+    assert json.loads(cli("index", "stats", index, "--json")[1])["items"] == 119
+    status, said, _ = cli("search", index, "a brand new package", "-k", 1)
+    assert said.splitlines()[1].split()[1] == "new"
+
+    moved = shutil.move(model, tmp_path / "moved")
+    status, said, err = cli("search", index, "mail")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert cli("search", index, "mail", "--model", moved)[0] == 0
+
+
+def test_index_of_ready_vectors(cli, dev_folder, tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((120, 16)).astype(np.float32))
+    index = tmp_path / "v.matryo"
+    assert cli("index", "build", dev_folder, "--vectors", tmp_path / "v.npy", "--out", index)[0] == 0
+    status, _, err = cli("search", index, "mail")
+    assert status == 2
+    assert "names no model" in err
+
+
+def test_doctor(cli):
+    status, said, _ = cli("doctor")
+    assert status == 0
+    assert said.startswith("matryo ")
+    found = json.loads(cli("doctor", "--json")[1])
+    assert {"matryo", "python", "cores", "extras", "threads"} <= set(found)
+    assert found["extras"]["base"]["numpy"]
+
+
+def test_no_arguments_shows_the_help(python):
+    ran = python("-m", "matryo")
+    assert ran.returncode == 2
+    assert "Commands:" in ran.stderr.splitlines()
+
+
+def test_reader_that_goes_away_is_no_error(python, tmp_path):
+    import subprocess
+    import sys
+
+    ran = subprocess.run(
+        f"{sys.executable} -m matryo doctor --json | head -c 1", shell=True, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "{"
+    assert "Traceback" not in ran.stderr
