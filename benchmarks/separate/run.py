@@ -2,8 +2,8 @@
 
     python benchmarks/separate/run.py [--demo runs/demo] [--smoke]
 
-Needs the models of `make demo`. Prints, for each width, nDCG@10 of both on the Debian test split, and the difference with
-its paired bootstrap interval over queries; the rows go to results/rows.jsonl.
+Needs the models of `make demo`. Prints, for each width, nDCG@10 of both on the Debian test split, and the difference
+with its paired bootstrap interval over queries; the rows go to results/rows.jsonl.
 """
 
 import argparse

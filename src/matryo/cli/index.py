@@ -12,6 +12,9 @@ from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, sa
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from matryo.encoders import Model
     from matryo.index import Hits, Index
 
@@ -56,8 +59,9 @@ def build(
     width = loaded.width if loaded else read_vectors(vectors or Path()).shape[1]
     rows = _read(documents, metadata or [])
     _refuse_repeats(rows, documents)
+    ready = _ready(vectors, rows)
     with Index.create(out, width=width, plan=plan, model=identity(loaded) if loaded else None) as index:
-        _fill(index, rows, loaded, vectors, out)
+        _fill(index, rows, loaded, ready, out)
         _report(index, as_json)
 
 
@@ -72,9 +76,10 @@ def add_documents(
 
     rows = _read(documents, metadata or [])
     _refuse_repeats(rows, documents)
+    ready = _ready(vectors, rows)
     with Index.open(index) as opened:
         loaded = None if vectors else model_of(opened, index)
-        _fill(opened, rows, loaded, vectors, index)
+        _fill(opened, rows, loaded, ready, index)
         _report(opened, as_json)
 
 
@@ -218,18 +223,23 @@ def _refuse_repeats(rows: list[tuple[str, str, dict[str, Any]]], path: Path) -> 
         seen.add(key)
 
 
-def _fill(
-    index: "Index",
-    rows: list[tuple[str, str, dict[str, Any]]],
-    model: "Model | None",
-    vectors: Path | None,
-    folder: Path,
-) -> None:
+def _ready(vectors: Path | None, rows: list[tuple[str, str, dict[str, Any]]]) -> "NDArray[np.float32] | None":
+    """Ready vectors, one per document: checked before an index is made or touched."""
     from matryo.core.records import read_vectors
 
     ready = read_vectors(vectors) if vectors else None
     if ready is not None and len(ready) != len(rows):
         raise InputError(f"{vectors} has {len(ready)} rows for {len(rows)} documents; give one vector per document")
+    return ready
+
+
+def _fill(
+    index: "Index",
+    rows: list[tuple[str, str, dict[str, Any]]],
+    model: "Model | None",
+    ready: "NDArray[np.float32] | None",
+    folder: Path,
+) -> None:
     done = 0
     try:
         with bar(len(rows), "indexing") as progress:

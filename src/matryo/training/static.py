@@ -43,9 +43,10 @@ class RowSparseBag(nn.EmbeddingBag):
         return F.embedding_bag(place[input], table, offsets, mode="mean")
 
 
-def _mark_coalesced(gradient: Tensor) -> Tensor:
+def _mark_coalesced(weight: Tensor) -> None:
     # Rows come from nonzero(): sorted and distinct, so the optimiser need not sort and add them up again.
-    return gradient._coalesced_(True) if gradient.is_sparse else gradient
+    if weight.grad is not None and weight.grad.is_sparse:
+        weight.grad = weight.grad._coalesced_(True)
 
 
 def make_row_sparse(model: SentenceTransformer) -> None:
@@ -53,7 +54,7 @@ def make_row_sparse(model: SentenceTransformer) -> None:
     module: Any = model[0]
     weight = module.embedding.weight.detach()
     bag = RowSparseBag(weight.shape[0], weight.shape[1], mode="mean", _weight=weight)
-    weight_hook: Any = bag.weight.register_hook
+    weight_hook: Any = bag.weight.register_post_accumulate_grad_hook
     weight_hook(_mark_coalesced)
     module.embedding = bag
 
