@@ -39,6 +39,7 @@ from matryo.demo import DATA
 from matryo.encoders.static import StaticEncoder
 from matryo.training.config import StaticConfig
 from matryo.training.objective import NestedObjective
+from matryo.training.row_adam import RowAdam
 from matryo.training.static import BagCollator, TokenBags, make_row_sparse, new_static, train_tokenizer
 from matryo.training.trainer import NestedTrainer
 
@@ -85,7 +86,7 @@ def ours(pairs: Pairs, tokenizer: Any, table: np.ndarray, options: Any, rate: fl
             train_dataset=Dataset.from_dict({name: range(len(pairs)) for name in bags}),
             loss=NestedObjective(model, mt.Nesting(WIDTHS), 0.05, False),
             data_collator=BagCollator(bags),
-            optimizers=(torch.optim.SparseAdam(model.parameters(), lr=rate), None),
+            optimizers=(RowAdam(model.parameters(), lr=rate), None),
         )
         return finish(trainer, model[0].embedding.weight, start)
 

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import WordModel
 
 import matryo as mt
+from conftest import WordModel
 from matryo.core.codecs import codec
 from matryo.core.errors import InputError
 from matryo.core.metrics import Judgements, Metric, judged_ranks, measure

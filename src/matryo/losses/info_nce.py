@@ -249,7 +249,7 @@ class _Sweep:
 
     def _add_products(self, level: int, rows: slice, suffix: Tensor) -> None:
         block = self.blocks[level]
-        self.grad_anchors[rows, block] = suffix @ self.candidates[:, block]
+        torch.mm(suffix, self.candidates[:, block], out=self.grad_anchors[rows, block])
         self.grad_candidates[:, block].addmm_(suffix.T, self.anchors[rows, block])
 
     def _add_pulls(self) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 import transformers
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from matryo.training.card import int8_scales, score_rows, versions, write_readme
 from matryo.training.config import TrainConfig
 from matryo.training.dev import DevEvaluator, Encode, read_dev
 from matryo.training.objective import NestedObjective
+from matryo.training.row_adam import RowAdam
 from matryo.training.static import BagCollator, TokenBags, make_row_sparse, new_static
 from matryo.training.trainer import NestedTrainer, checkpoints
 
@@ -172,7 +172,7 @@ class _Run:
         optimizers: Any = (None, None)
         if self.static:
             make_row_sparse(self.model)
-            optimizers = (torch.optim.SparseAdam(self.model.parameters(), lr=config.rate(True)), None)
+            optimizers = (RowAdam(self.model.parameters(), lr=config.rate(True)), None)
         trainer = NestedTrainer(
             model=self.model,
             args=self._arguments(len(dataset)),
