@@ -36,7 +36,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/loss/run.py --smoke
 	$(BIN)/python benchmarks/train_static/run.py --smoke
 	$(BIN)/python benchmarks/funnel/run.py --smoke
-	$(BIN)/python benchmarks/evaluation/run.py --smoke
+	$(BIN)/python benchmarks/evaluation/run.py --size smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
