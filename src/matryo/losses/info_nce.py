@@ -22,10 +22,12 @@ from torch.autograd.function import once_differentiable
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 
-CHUNK_SCORES = 1 << 20
+CHUNK_SCORES = 3 << 19
 """Rows x candidates of one Gram buffer: big enough for an efficient product, small enough to stay in a CPU's cache."""
 BUFFER_SCORES = 24 << 20
 """Scores all L Gram buffers of a chunk may hold together: 96 MB of float32."""
+NARROW = 64
+"""Columns up to which a block is kept transposed."""
 PLAIN_EXP_LIMIT = 40.0
 """exp(+-40) and sums of it are far inside float32, so logits up to it need no subtraction of the row's maximum."""
 MASKED = -1e30
@@ -145,6 +147,42 @@ class _NestedInfoNCE(torch.autograd.Function):
         )
 
 
+class _Block:
+    """One block of the candidates' columns and its gradient, (sum over chunks of suffix^T times the anchors' block).
+
+    Matrix products whose result is a few columns wide run at a fraction of a CPU's speed; the same product with a
+    result a few rows high does not. So narrow blocks are kept transposed.
+    """
+
+    def __init__(self, candidates: Tensor, columns: slice) -> None:
+        self.columns = columns
+        self.candidates = candidates[:, columns]
+        self.narrow = self.candidates.shape[1] <= NARROW
+        if self.narrow:
+            self.candidates = self.candidates.T.contiguous().T
+        self.gradient: Tensor
+
+    def start_gradient(self, grad_candidates: Tensor) -> None:
+        """Where the candidates' gradient of this block is summed up: in place, or apart if narrow."""
+        columns = grad_candidates[:, self.columns]
+        self.gradient = columns.T.contiguous().T if self.narrow else columns
+
+    def add_products(self, suffix: Tensor, anchors: Tensor, grad_anchors: Tensor, first: bool) -> None:
+        """Both gradients' share of one chunk: sets this block of `grad_anchors`, adds to the candidates' own."""
+        part = anchors[:, self.columns]
+        if self.narrow:
+            grad_anchors[:, self.columns] = suffix @ self.candidates
+            self.gradient.T.addmm_(part.T, suffix, beta=int(not first))
+        else:
+            torch.mm(suffix, self.candidates, out=grad_anchors[:, self.columns])
+            self.gradient.addmm_(suffix.T, part, beta=int(not first))
+
+    def finish_gradient(self, grad_candidates: Tensor) -> None:
+        """Put a gradient that was summed up apart where it belongs."""
+        if self.narrow:
+            grad_candidates[:, self.columns] = self.gradient
+
+
 class _Sweep:
     """One evaluation of the loss: chunks of rows; in each, widths upwards for the Gram, downwards for the gradient."""
 
@@ -152,18 +190,18 @@ class _Sweep:
 
     def __init__(self, anchors: Tensor, candidates: Tensor, temperatures: Tensor, setting: _Setting) -> None:
         self.anchors, self.candidates, self.temperatures, self.setting = anchors, candidates, temperatures, setting
-        self.blocks = setting.nesting.blocks
+        self.blocks = [_Block(candidates, columns) for columns in setting.nesting.blocks]
         self.anchor_squares = self._prefix_squares(anchors)
         self.candidate_squares = self._prefix_squares(candidates)
         self.u = _inverse_root(self.anchor_squares) / temperatures[:, None]
         self.v = _inverse_root(self.candidate_squares)
         shape = (setting.rows, len(candidates))
-        self.grams = anchors.new_empty(len(self.blocks), *shape)
-        self.logits, self.slopes, self.suffix = (anchors.new_empty(shape) for _ in range(3))
+        self.logits = anchors.new_empty(len(self.blocks), *shape)
+        self.gram, self.slopes, self.suffix = (anchors.new_empty(shape) for _ in range(3))
 
     def _prefix_squares(self, x: Tensor) -> Tensor:
         """(L, rows) squared length of every prefix: the blocks' squares, added up."""
-        return torch.stack([x[:, block].square().sum(1) for block in self.blocks]).cumsum(0)
+        return torch.stack([x[:, block].square().sum(1) for block in self.setting.nesting.blocks]).cumsum(0)
 
     def run(self, gradients: bool) -> Tensor:
         """(L,) loss at each width; fills `gradients` of anchors, candidates and temperatures if asked."""
@@ -174,45 +212,40 @@ class _Sweep:
             # Sum over the other side of dloss/dlogit * logit: how the loss changes with a row's own length.
             self.row_pull = self.anchors.new_zeros(levels, size)
             self.column_pull = self.anchors.new_zeros(levels, len(self.candidates))
-            self.grad_anchors = torch.empty_like(self.anchors)
-            self.grad_candidates = torch.zeros_like(self.candidates)
+            self.grad_anchors, self.grad_candidates = torch.empty_like(self.anchors), torch.empty_like(self.candidates)
+            for block in self.blocks:
+                block.start_gradient(self.grad_candidates)
         for start in range(0, size, self.setting.rows):
             rows = slice(start, min(start + self.setting.rows, size))
             targets = self.setting.targets[rows]
-            mask = self.setting.mask(rows, targets)
-            self._fill_grams(rows)
-            suffix = self.suffix[: len(targets)].zero_()
+            self._fill_logits(rows, self.setting.mask(rows, targets))
             for level in reversed(range(levels)):
-                logits = self._logits(level, rows, mask)
-                values[level] += self._level(level, rows, targets, logits, columns, gradients)
+                values[level] += self._level(level, rows, targets, columns, gradients)
                 if gradients:
-                    self._add_products(level, rows, suffix)
+                    suffix = self.suffix[: len(targets)]
+                    self.blocks[level].add_products(suffix, self.anchors[rows], self.grad_anchors[rows], start == 0)
         if gradients:
+            for block in self.blocks:
+                block.finish_gradient(self.grad_candidates)
             self._add_pulls()
             temperature = -(self.row_pull.sum(1) / self.temperatures)
             self.gradients = (self.grad_anchors, self.grad_candidates, temperature)
         return values
 
-    def _fill_grams(self, rows: slice) -> None:
+    def _fill_logits(self, rows: slice, mask: Tensor | None) -> None:
+        """Logits of these rows at every width, read one after the other off the running Gram."""
         part = self.anchors[rows]
-        below: Tensor | None = None
-        for block, buffer in zip(self.blocks, self.grams, strict=True):
-            gram = buffer[: len(part)]
-            if below is None:
-                torch.mm(part[:, block], self.candidates[:, block].T, out=gram)
-            else:
-                torch.addmm(below, part[:, block], self.candidates[:, block].T, out=gram)
-            below = gram
+        gram = self.gram[: len(part)]
+        for level, block in enumerate(self.blocks):
+            gram.addmm_(part[:, block.columns], self.candidates[:, block.columns].T, beta=int(level > 0))
+            logits = torch.mul(gram, self.v[level], out=self.logits[level, : len(part)])
+            logits.mul_(self.u[level, rows, None])
+            if mask is not None:
+                logits.masked_fill_(mask, MASKED)
 
-    def _logits(self, level: int, rows: slice, mask: Tensor | None) -> Tensor:
-        gram = self.grams[level, : rows.stop - rows.start]
-        logits = torch.mul(gram, self.v[level], out=self.logits[: len(gram)]).mul_(self.u[level, rows, None])
-        return logits if mask is None else logits.masked_fill_(mask, MASKED)
-
-    def _level(
-        self, level: int, rows: slice, targets: Tensor, logits: Tensor, columns: Tensor | None, gradients: bool
-    ) -> Tensor:
+    def _level(self, level: int, rows: slice, targets: Tensor, columns: Tensor | None, gradients: bool) -> Tensor:
         """This chunk's share of the loss at one width; leaves W_l in `suffix` if gradients are wanted."""
+        logits = self.logits[level, : len(targets)]
         share = (0.5 if columns is not None else 1.0) / len(self.anchors)
         own = torch.arange(len(targets), device=targets.device)
         positives = logits[own, targets]
@@ -241,16 +274,15 @@ class _Sweep:
     def _add_slopes(self, level: int, rows: slice, logits: Tensor, slopes: Tensor) -> None:
         """Take u * dloss/dlogits (destroyed) into the running suffix sum of W and into the pulls on both lengths."""
         u = self.u[level, rows]
-        self.suffix[: len(slopes)].addcmul_(slopes, self.v[level])
+        suffix = self.suffix[: len(slopes)]
+        if level == len(self.blocks) - 1:  # the widest comes first
+            torch.mul(slopes, self.v[level], out=suffix)
+        else:
+            suffix.addcmul_(slopes, self.v[level])
         slopes.mul_(logits)
         back = torch.where(u > 0, 1 / u, 0)
         self.row_pull[level, rows] = slopes.sum(1) * back
         self.column_pull[level].addmv_(slopes.T, back)
-
-    def _add_products(self, level: int, rows: slice, suffix: Tensor) -> None:
-        block = self.blocks[level]
-        torch.mm(suffix, self.candidates[:, block], out=self.grad_anchors[rows, block])
-        self.grad_candidates[:, block].addmm_(suffix.T, self.anchors[rows, block])
 
     def _add_pulls(self) -> None:
         """Normalising makes the loss blind to a prefix's length: take the radial part out of the gradient."""
@@ -259,7 +291,7 @@ class _Sweep:
             (self.candidates, self.grad_candidates, self.column_pull, self.candidate_squares),
         ):
             radial = torch.where(squares > 0, pull / squares, 0).flip(0).cumsum(0).flip(0)
-            for level, block in enumerate(self.blocks):
+            for level, block in enumerate(self.setting.nesting.blocks):
                 grad[:, block].addcmul_(x[:, block], radial[level, :, None], value=-1)
 
     def _column_log_sums(self) -> Tensor:
@@ -269,9 +301,9 @@ class _Sweep:
         for start in range(0, len(self.anchors), self.setting.rows):
             rows = slice(start, min(start + self.setting.rows, len(self.anchors)))
             mask = self.setting.mask(rows, self.setting.targets[rows])
-            self._fill_grams(rows)
+            self._fill_logits(rows, mask)
             for level in range(len(self.blocks)):
-                part = torch.logsumexp(self._logits(level, rows, mask), 0)
+                part = torch.logsumexp(self.logits[level, : rows.stop - start], 0)
                 torch.logaddexp(sums[level], part, out=sums[level])
         targeted = torch.zeros(shape[1], dtype=torch.bool, device=sums.device)
         targeted[self.setting.targets] = True
