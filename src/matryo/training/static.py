@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from matryo.core.errors import InputError
@@ -28,23 +29,42 @@ UNKNOWN = "[UNK]"
 class RowSparseBag(nn.EmbeddingBag):
     """Mean of embedding rows whose gradient holds the touched rows only, each once.
 
-    The rows a batch uses are gathered first and the bag runs on that small table, so neither pass grows with the
-    vocabulary and the optimiser gets a coalesced sparse gradient of (rows used, D) instead of one row per token.
+    Neither pass grows with the vocabulary, and the optimiser gets a coalesced sparse gradient of (rows used, D) instead
+    of one row per token.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:  # noqa: A002
         """(tokens,) ids and (texts,) offsets -> (texts, D)."""
-        used = torch.zeros(self.num_embeddings, dtype=torch.bool, device=input.device)
-        used[input] = True
-        rows = used.nonzero().squeeze(1)
-        place = torch.empty(self.num_embeddings, dtype=torch.long, device=input.device)
-        place[rows] = torch.arange(len(rows), device=input.device)
-        table = F.embedding(rows, self.weight, sparse=True)
-        return F.embedding_bag(place[input], table, offsets, mode="mean")
+        found: Tensor = _Bag.apply(self.weight, input, offsets)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Bag(torch.autograd.Function):
+    """The mean over the tokens of each text. The gradient of a bag is a bag: of each token, over the texts it is in."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, offsets)
+        ctx.shape = weight.shape
+        return F.embedding_bag(ids, weight, offsets, mode="mean")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        ids, offsets = ctx.saved_tensors
+        lengths = torch.diff(offsets, append=offsets.new_tensor([len(ids)]))
+        tokens, order = torch.sort(ids, stable=True)
+        first = torch.ones_like(tokens, dtype=torch.bool)
+        torch.ne(tokens[1:], tokens[:-1], out=first[1:])
+        starts = first.nonzero().squeeze(1)
+        texts = torch.repeat_interleave(lengths)[order]
+        values = F.embedding_bag(texts, upstream / lengths[:, None], starts, mode="sum")
+        rows = tokens[starts][None]
+        return torch.sparse_coo_tensor(rows, values, ctx.shape, is_coalesced=True, check_invariants=False), None, None
 
 
 def _mark_coalesced(weight: Tensor) -> None:
-    # Rows come from nonzero(): sorted and distinct, so the optimiser need not sort and add them up again.
+    # Accumulating forgets that rows come sorted and distinct, so the optimiser need not sort and add them up again.
     if weight.grad is not None and weight.grad.is_sparse:
         weight.grad = weight.grad._coalesced_(True)
 
