@@ -7,7 +7,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "train", "matryo.losses") from error
 
+from matryo.losses.gather import Gathered, gather_with_gradient, gathered_info_nce, row_share
 from matryo.losses.info_nce import nested_info_nce
 from matryo.losses.nested import nested
 
-__all__ = ["nested", "nested_info_nce"]
+__all__ = ["Gathered", "gather_with_gradient", "gathered_info_nce", "nested", "nested_info_nce", "row_share"]
