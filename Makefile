@@ -37,11 +37,13 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/train_static/run.py --smoke
 	$(BIN)/python benchmarks/funnel/run.py --smoke
 	$(BIN)/python benchmarks/evaluation/run.py --size smoke
+	$(BIN)/python benchmarks/cached/run.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
 	$(BIN)/python benchmarks/train_static/run.py
 	$(BIN)/python benchmarks/funnel/run.py
 	$(BIN)/python benchmarks/evaluation/run.py
+	$(BIN)/python benchmarks/cached/run.py
 
 .PHONY: help setup demo test test-slow check docs bench bench-smoke
