@@ -38,6 +38,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/funnel/run.py --smoke
 	$(BIN)/python benchmarks/evaluation/run.py --size smoke
 	$(BIN)/python benchmarks/cached/run.py --smoke
+	$(BIN)/python benchmarks/mining/run.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
@@ -45,5 +46,6 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/funnel/run.py
 	$(BIN)/python benchmarks/evaluation/run.py
 	$(BIN)/python benchmarks/cached/run.py
+	$(BIN)/python benchmarks/mining/run.py
 
 .PHONY: help setup demo test test-slow check docs bench bench-smoke

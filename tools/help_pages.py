@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/reference/cli.md"
-VERBS = ("", "train", "eval", "index", "index build", "index add", "index delete", "index stats", "index check",
+VERBS = ("", "train", "mine", "eval", "index", "index build", "index add", "index delete", "index stats", "index check",
          "index compact", "search", "demo", "doctor")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from matryo.cli import demo, doctor, index, measure, train
+from matryo.cli import demo, doctor, index, measure, mine, train
 from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train.add(app)
+mine.add(app)
 measure.add(app)
 index.add(app)
 demo.add(app)
