@@ -73,9 +73,9 @@ def hard_negatives(
     depth = min(len(candidates_CD), FIRST_DEPTH + 2 * (options.ranks[1] or options.negatives))
     while len(waiting):
         left = []
-        for rows in _slices(len(waiting), depth):
+        for rows in _slices(len(waiting), max(depth, width)):
             part = waiting[rows]
-            queries = np.ascontiguousarray(truncate(anchors_AD[part], width))
+            queries = np.ascontiguousarray(truncate(anchors_AD[:, :width][part], width))
             scores_QK, ids_QK = index.search(queries, depth)
             order = np.lexsort((ids_QK, -scores_QK))  # equal scores: the lower position first, as everywhere
             scores_QK = np.take_along_axis(scores_QK, order, 1)
@@ -93,8 +93,8 @@ def lowest_positives(texts: Texts, anchors_AD: Float32s, candidates_CD: Float32s
     """(A,) lowest cosine of each anchor with its positives: no negative may come near any of them."""
     lowest_A = np.full(len(anchors_AD), np.inf, np.float32)
     for rows in _slices(len(texts.row_anchor), width):
-        anchors = truncate(anchors_AD[texts.row_anchor[rows]], width)
-        positives = truncate(candidates_CD[texts.row_positive[rows]], width)
+        anchors = truncate(anchors_AD[:, :width][texts.row_anchor[rows]], width)
+        positives = truncate(candidates_CD[:, :width][texts.row_positive[rows]], width)
         np.minimum.at(lowest_A, texts.row_anchor[rows], np.einsum("rd,rd->r", anchors, positives))
     return lowest_A
 
@@ -104,6 +104,7 @@ class _Block:
     """The K nearest candidates of Q anchors, nearest first."""
 
     anchors: Ints
+    """(Q,) their numbers."""
     scores: Float32s
     ids: Ints
     everything: bool
