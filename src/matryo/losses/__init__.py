@@ -7,8 +7,27 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "train", "matryo.losses") from error
 
+from matryo.losses.distill import nested_distill, nested_kl, nested_margin_mse
 from matryo.losses.gather import Gathered, gather_with_gradient, gathered_info_nce, row_share
 from matryo.losses.info_nce import nested_info_nce
 from matryo.losses.nested import nested
+from matryo.losses.scored import nested_angle, nested_cosent
+from matryo.losses.sigmoid import nested_sigmoid
+from matryo.losses.triplet import nested_online_contrastive, nested_triplet
 
-__all__ = ["Gathered", "gather_with_gradient", "gathered_info_nce", "nested", "nested_info_nce", "row_share"]
+__all__ = [
+    "Gathered",
+    "gather_with_gradient",
+    "gathered_info_nce",
+    "nested",
+    "nested_angle",
+    "nested_cosent",
+    "nested_distill",
+    "nested_info_nce",
+    "nested_kl",
+    "nested_margin_mse",
+    "nested_online_contrastive",
+    "nested_sigmoid",
+    "nested_triplet",
+    "row_share",
+]
