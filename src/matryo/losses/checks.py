@@ -1,4 +1,4 @@
-"""Checks the losses share. All of them come before a gradient or any other state exists."""
+"""Checks the losses share. Each raises before anything has changed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,13 +13,55 @@ Number = float | Sequence[float] | Tensor
 
 
 def check_embeddings(name: str, x: Tensor, nesting: Nesting, *, ndim: int = 2) -> None:
-    """Raise unless `x` is (B, D), or (B, K, D) with ndim=3, floating, not empty, and ends where the nesting ends."""
-    shape = "(B, D)" if ndim == 2 else "(B, K, D)"
+    """Raise unless `x` is a floating (B, D), or (B, K, D), tensor of at least one row whose D ends the nesting."""
     if x.ndim != ndim or not x.is_floating_point():
-        raise InputError(f"{name} must be {shape} of floats, got {tuple(x.shape)} of {x.dtype}")
-    if 0 in x.shape:
-        raise InputError(f"{name} must be {shape} with at least one row, got {tuple(x.shape)}")
+        shape = f"(B, {nesting.D})" if ndim == 2 else f"(B, K, {nesting.D})"
+        raise InputError(f"{name} must be a {shape} floating tensor, got {tuple(x.shape)} of {x.dtype}")
     nesting.check(x.shape[-1])
+    if len(x) == 0:
+        raise InputError(f"{name}: a batch needs at least one row, got none")
+
+
+def check_labels(labels: Tensor, size: int) -> None:
+    """Raise unless `labels` holds one integer for each of `size` rows."""
+    if labels.shape != (size,):
+        raise InputError(f"labels must be ({size},), one for each row, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels must be integers, got {labels.dtype}; convert them with labels.long()")
+
+
+def check_positives(labels: Tensor) -> None:
+    """Raise unless some label occurs twice: a loss on pairs of one class has nothing to pull together otherwise."""
+    if len(labels) == 1:
+        raise InputError("a batch of one row has no pairs; use batches of at least two rows (drop the last one)")
+    if int(torch.unique(labels, return_counts=True)[1].max()) < 2:
+        raise InputError(
+            f"all {len(labels)} labels of the batch differ, so no row has a positive; "
+            "sample batches with at least two rows of a class"
+        )
+
+
+def check_finite(values: Tensor, nesting: Nesting, rows: Mapping[str, Tensor]) -> None:
+    """Raise if a width's loss is NaN or infinite, naming the first such width and the first bad row.
+
+    Args:
+        values: (L,) unweighted loss of each width.
+        nesting: the widths.
+        rows: the loss' inputs by name, each (rows, ..., D); the first row not finite within the width is named.
+    """
+    finite = torch.isfinite(values.detach())
+    if bool(finite.all()):
+        return
+    level = int((~finite).nonzero()[0])
+    start = f"the loss at width {nesting.widths[level]} is {values[level].item()}"
+    for name, x in rows.items():
+        bad = (~torch.isfinite(x.detach()[..., : nesting.widths[level]])).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise InputError(f"{start}: row {int(bad[0])} of {name} holds NaN or Inf; look at what made that row")
+    raise InputError(
+        f"{start} though every input is finite: the numbers are too large for {values.dtype}; "
+        "lower the learning rate or scale the inputs down"
+    )
 
 
 def check_same_rows(**tensors: Tensor) -> None:
@@ -38,26 +80,6 @@ def check_values(name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
     if len(bad):
         where = ", ".join(map(str, bad[0].tolist()))
         raise InputError(f"{name}[{where}] is {x[tuple(bad[0])].item()}; leave that row out or compute it again")
-
-
-def check_finite(values_L: Tensor, nesting: Nesting, tensors: Mapping[str, Tensor]) -> None:
-    """Raise if a width's loss is NaN or infinite; names that width and the first bad row of its prefixes."""
-    good = values_L.isfinite()
-    if bool(good.all()):
-        return
-    level = int((~good).nonzero()[0])
-    width, value = nesting.widths[level], float(values_L[level])
-    for name, x in tensors.items():
-        bad = (~x[..., :width].isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise InputError(
-                f"the loss at width {width} is {value}: row {int(bad[0])} of {name} holds NaN or Inf; "
-                "leave it out or encode it again"
-            )
-    raise InputError(
-        f"the loss at width {width} is {value} though every row is finite: a number overflows; "
-        "look at the loss's options and at the lengths of the rows"
-    )
 
 
 def per_width_option(

@@ -193,7 +193,7 @@ def nested_kl(
 def _teacher_widths(teacher: Tensor, nesting: Nesting, kind: Kind, given: Nesting | None) -> Nesting:
     """The teacher's width at each of the student's, or its full width alone: the whole teacher at every width."""
     if teacher.ndim != 2 or not teacher.is_floating_point() or 0 in teacher.shape:
-        raise InputError(f"teacher must be (B, E) of floats, got {tuple(teacher.shape)} of {teacher.dtype}")
+        raise InputError(f"teacher must be a (B, E) floating tensor, got {tuple(teacher.shape)} of {teacher.dtype}")
     full = teacher.shape[1]
     if given is None:
         if full != nesting.D and kind != "similarity":
