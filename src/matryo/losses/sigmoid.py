@@ -54,10 +54,11 @@ def nested_sigmoid(
     scales = per_width_option("scale", scale, nesting, dtype, device)
     biases = per_width_option("bias", bias, nesting, dtype, device, positive=False)
     anchors, candidates = anchors_BD.to(dtype), candidates_ND.to(dtype)
-    size, groups = len(anchors), _whole_group(group, len(candidates))
+    size, groups = len(anchors), _whole_group(group, len(candidates), device)
+    ignored = None if ignore is None else ignore.to(device)
 
     def part(rows: slice, a: Tensor, u_RL: Tensor, c: Tensor, v_NL: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
-        mask = _left_out(rows, ignore, groups)
+        mask = _left_out(rows, ignored, groups)
         values = []
         for level, gram in enumerate(prefix_products(a, c, nesting)):
             logits = gram * (scales[level] * u_RL[:, level, None]) * v_NL[:, level] + biases[level]
@@ -92,9 +93,9 @@ def _left_out(rows: slice, ignore: Tensor | None, groups: Tensor | None) -> Tens
     return mask
 
 
-def _whole_group(group: Tensor | None, count: int) -> Tensor | None:
+def _whole_group(group: Tensor | None, count: int, device: torch.device) -> Tensor | None:
     """A group for every candidate: hard negatives without one get none."""
-    return None if group is None else F.pad(group, (0, count - len(group)), value=-1)
+    return None if group is None else F.pad(group.to(device), (0, count - len(group)), value=-1)
 
 
 def _check(anchors: Tensor, candidates: Tensor, nesting: Nesting, ignore: Tensor | None, group: Tensor | None) -> None:
