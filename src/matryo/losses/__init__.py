@@ -9,6 +9,7 @@ except ImportError as error:
 
 from matryo.losses.distill import nested_distill, nested_kl, nested_margin_mse
 from matryo.losses.gather import Gathered, gather_with_gradient, gathered_info_nce, row_share
+from matryo.losses.guided import guided_ignore, nested_guided_info_nce
 from matryo.losses.info_nce import nested_info_nce
 from matryo.losses.nested import nested
 from matryo.losses.scored import nested_angle, nested_cosent
@@ -19,10 +20,12 @@ __all__ = [
     "Gathered",
     "gather_with_gradient",
     "gathered_info_nce",
+    "guided_ignore",
     "nested",
     "nested_angle",
     "nested_cosent",
     "nested_distill",
+    "nested_guided_info_nce",
     "nested_info_nce",
     "nested_kl",
     "nested_margin_mse",
