@@ -12,6 +12,7 @@ from matryo.losses.gather import Gathered, gather_with_gradient, gathered_info_n
 from matryo.losses.guided import guided_ignore, nested_guided_info_nce
 from matryo.losses.info_nce import nested_info_nce
 from matryo.losses.nested import nested
+from matryo.losses.quantise import nested_quantised_info_nce, straight_through
 from matryo.losses.scored import nested_angle, nested_cosent
 from matryo.losses.sigmoid import nested_sigmoid
 from matryo.losses.triplet import nested_online_contrastive, nested_triplet
@@ -30,7 +31,9 @@ __all__ = [
     "nested_kl",
     "nested_margin_mse",
     "nested_online_contrastive",
+    "nested_quantised_info_nce",
     "nested_sigmoid",
     "nested_triplet",
     "row_share",
+    "straight_through",
 ]
