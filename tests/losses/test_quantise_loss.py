@@ -107,6 +107,15 @@ def test_temperature_per_code_and_a_code_of_weight_zero_is_only_measured():
     assert not values["binary"].requires_grad
 
 
+def test_a_weight_for_each_width_multiplies_the_nestings():
+    a, c = rows(9, 16).requires_grad_(), rows(12, 16, seed=1)
+    codes = {"float32": [1.0, 0.0], "int8": [0.5, 2.0], "binary": [0.0, 0.0]}
+    total, values = nested_quantised_info_nce(a, c, nesting=mt.Nesting([8, 16], [1, 3]), codes=codes, per_width=True)
+    expected = values["float32"] @ torch.tensor([1.0, 0.0]) + values["int8"] @ torch.tensor([0.5, 6.0])
+    torch.testing.assert_close(total.detach(), expected)
+    assert torch.isfinite(values["binary"]).all()
+
+
 def test_training_on_signs_lowers_the_loss_of_signs():
     a, c = rows(32, 64), rows(32, 64, seed=1)
     a.requires_grad_()
@@ -145,6 +154,10 @@ FIT = mt.Nesting([8, 16])
         (lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, codes={}), "one of them above 0, got {}"),
         (lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, codes={"int8": 0.0}), "one of them above 0"),
         (lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, codes={"int8": -1.0}), "finite weights >= 0"),
+        (
+            lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, codes={"int8": [1.0]}),
+            r"weight of int8 must be one number or one per width \(2\), got \[1\.0\]",
+        ),
         (lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, asymmetric=["int4"]), "unknown code 'int4'"),
         (
             lambda: nested_quantised_info_nce(ONE, ONE, nesting=FIT, temperature={"float32": 0.1}),

@@ -22,6 +22,7 @@ from matryo.losses.info_nce import nested_info_nce
 
 CODES = ("float32", "int8", "binary")
 FLOAT_AND_BINARY = {"float32": 1.0, "binary": 1.0}
+Weight = float | Sequence[float]
 Temperature = float | Sequence[float] | Tensor
 
 
@@ -74,7 +75,7 @@ def nested_quantised_info_nce(
     candidates_ND: Tensor,
     *,
     nesting: Nesting,
-    codes: Mapping[str, float] = FLOAT_AND_BINARY,
+    codes: Mapping[str, Weight] = FLOAT_AND_BINARY,
     temperature: Temperature | Mapping[str, Temperature] = 0.05,
     asymmetric: Collection[str] = ("int8",),
     clip: float | None = None,
@@ -95,9 +96,11 @@ def nested_quantised_info_nce(
         anchors_BD: (B, D) queries, as for `nested_info_nce`.
         candidates_ND: (N, D) documents, the positives first; int8 steps are fitted to their prefixes, after the cut.
         nesting: widths and weights; with binary all widths must be multiples of 8.
-        codes: code -> weight, from "float32", "int8", "binary".
-        temperature: as for `nested_info_nce`, or one such for each code: {"float32": 0.05, "binary": 0.1}. Cosines
-            of signs are smaller than those of the vectors (2 / pi times the arc sine), so they want their own.
+        codes: code -> weight, from "float32", "int8", "binary"; a weight for the code or one for each width, which
+            multiplies the nesting's own. A code or width of weight 0 is only measured.
+        temperature: as for `nested_info_nce`, or one such for each code: {"float32": 0.05, "binary": [0.12, 0.06]}.
+            Cosines of signs are smaller than those of the vectors (2 / pi times the arc sine) and scatter by
+            1 / sqrt(d), so binary wants its own, higher where prefixes are short.
         asymmetric: codes whose anchors stay float32 while the candidates are coded.
         clip: of the binary gradient, see `straight_through`.
         per_width: also return {code: (L,) unweighted loss of each width, detached}.
@@ -114,18 +117,19 @@ def nested_quantised_info_nce(
     total, values = anchors_BD.new_zeros((), dtype=torch.promote_types(anchors_BD.dtype, torch.float32)), {}
     for code, weight in codes.items():
         degree = temperature[code] if isinstance(temperature, Mapping) else temperature
+        part, share = _weighted(nesting, weight)
         one_side = code in asymmetric
         if code == "int8":
-            loss, values[code] = _int8(anchors_BD, candidates_ND, nesting, degree, one_side, options)
+            loss, values[code] = _int8(anchors_BD, candidates_ND, part, degree, one_side, options)
         else:
             anchors, candidates = (
                 x if coded == "float32" else straight_through(x, coded, nesting.D, clip=clip)
                 for x, coded in ((anchors_BD, "float32" if one_side else code), (candidates_ND, code))
             )
             loss, values[code] = nested_info_nce(
-                anchors, candidates, nesting=nesting, temperature=degree, per_width=True, **options
+                anchors, candidates, nesting=part, temperature=degree, per_width=True, **options
             )
-        total = total + weight * loss
+        total = total + share * loss
     return (total, values) if per_width else total
 
 
@@ -190,8 +194,14 @@ def _checked_scale(scale: Tensor, prefixes: Tensor) -> Tensor:
     return scale.detach().to(prefixes)
 
 
+def _weighted(nesting: Nesting, weight: Weight) -> tuple[Nesting, float]:
+    """The nesting of one code and what its loss counts: 0 where all its weights are 0, which a nesting cannot have."""
+    weights = np.multiply(nesting.weights, weight)
+    return (Nesting(nesting.widths, weights.tolist()), 1.0) if weights.any() else (nesting, 0.0)
+
+
 def _check_grid(
-    codes: Mapping[str, float],
+    codes: Mapping[str, Weight],
     nesting: Nesting,
     temperature: Temperature | Mapping[str, Temperature],
     asymmetric: Collection[str],
@@ -199,8 +209,11 @@ def _check_grid(
     for code in (*codes, *asymmetric):
         for width in nesting.widths:
             _check_code(code, width)
-    weights = [float(weight) for weight in codes.values()]
-    if not all(np.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+    for code, weight in codes.items():
+        if np.shape(weight) not in ((), (len(nesting),)):
+            raise InputError(f"the weight of {code} must be one number or one per width ({len(nesting)}), got {weight!r}")
+    weights = np.array([np.multiply(nesting.weights, weight) for weight in codes.values()])
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise InputError(f"codes need finite weights >= 0, one of them above 0, got {dict(codes)}")
     missing = [code for code in codes if code not in temperature] if isinstance(temperature, Mapping) else []
     if missing:
