@@ -71,9 +71,7 @@ def test_exact_in_float64(size, extra, blocks, seed, codes, asymmetric, clip, sy
         a, c, *t = (x.clone().requires_grad_() for x in (*tensors, *temperatures.values()))
         named = dict(zip(codes, t, strict=True))
         if fast:
-            value = nested_quantised_info_nce(
-                a, c, nesting=nesting, codes=codes, temperature=named, chunk=4, **options
-            )
+            value = nested_quantised_info_nce(a, c, nesting=nesting, codes=codes, temperature=named, chunk=4, **options)
         else:
             value = slow_twin(a, c, nesting, codes, named, **options)
         value.backward()

@@ -59,7 +59,7 @@ def guided_ignore(
         size = max(1, CHUNK_SCORES // max(1, len(candidates)))
         parts = [
             _more_alike(rows, candidates, own, margin, relative)
-            for rows, own in zip(anchors.split(size), places.split(size), strict=True)
+            for rows, own in zip(torch.split(anchors, size), torch.split(places, size), strict=True)
         ]
     return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""Training for the codes a prefix will be stored in: InfoNCE over a grid of widths x codes (quantisation-aware nesting).
+"""Training for the codes a prefix will be stored in: InfoNCE over widths x codes (quantisation-aware nesting).
 
 Letters: B anchors, N candidates, D full width, L widths, d a width.
 
@@ -41,8 +41,8 @@ def straight_through(
             coordinates have y_i sqrt(d) = 1 on average (root mean square). None passes all.
 
     Returns:
-        (B, d) in float32 (float64 for float64 input): int8 codes times their step, or +-1/sqrt(d). A row whose prefix is
-        zero passes no gradient; its signs are all -1/sqrt(d), as search has it.
+        (B, d) in float32 (float64 for float64 input): int8 codes times their step, or +-1/sqrt(d). A row whose prefix
+        is zero passes no gradient; its signs are all -1/sqrt(d), as search has it.
 
     Raises:
         InputError: unknown code, width outside 1..D or not a multiple of 8, a scale or clip that does not fit.
@@ -88,8 +88,8 @@ def nested_quantised_info_nce(
     `matryo.evaluate` measures and an index scans: signs meet signs (Hamming) for binary, a float query meets decoded
     documents for int8.
 
-    Binary at all widths costs one nested InfoNCE: the sign of a coordinate does not depend on the width, so the codes of
-    a prefix are, renormalised, a prefix of the codes. The gradient at the signs, summed over widths, goes straight
+    Binary at all widths costs one nested InfoNCE: the sign of a coordinate does not depend on the width, so the codes
+    of a prefix are, renormalised, a prefix of the codes. The gradient at the signs, summed over widths, goes straight
     through to the unit row of full width. int8 has a step of its own at each width and is taken width by width.
 
     Args:
@@ -110,8 +110,8 @@ def nested_quantised_info_nce(
         A scalar in float32 (float64 for float64 input), or (scalar, {code: per-width values}).
 
     Raises:
-        InputError: what `nested_info_nce` refuses; unknown codes, weights that are all 0, negative or not finite, a code
-            without a temperature, a width that binary cannot have.
+        InputError: what `nested_info_nce` refuses; unknown codes, weights that are all 0, negative or not finite, a
+            code without a temperature, a width that binary cannot have.
     """
     _check_grid(codes, nesting, temperature, asymmetric)
     total, values = anchors_BD.new_zeros((), dtype=torch.promote_types(anchors_BD.dtype, torch.float32)), {}
@@ -211,7 +211,9 @@ def _check_grid(
             _check_code(code, width)
     for code, weight in codes.items():
         if np.shape(weight) not in ((), (len(nesting),)):
-            raise InputError(f"the weight of {code} must be one number or one per width ({len(nesting)}), got {weight!r}")
+            raise InputError(
+                f"the weight of {code} must be one number or one per width ({len(nesting)}), got {weight!r}"
+            )
     weights = np.array([np.multiply(nesting.weights, weight) for weight in codes.values()])
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise InputError(f"codes need finite weights >= 0, one of them above 0, got {dict(codes)}")
