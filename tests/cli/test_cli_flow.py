@@ -110,6 +110,31 @@ def test_index_of_ready_vectors(cli, dev_folder, tmp_path):
     assert "names no model" in err
 
 
+def test_documents_without_text_are_left_out_and_counted(cli, tmp_path):
+    rows = [{"_id": "a", "title": "", "text": ""}, {"_id": "b", "text": "mail reader"}, {"_id": "c", "text": "chess"}]
+    file, index = tmp_path / "docs.jsonl", tmp_path / "docs.matryo"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, said, err = cli("index", "build", file, "--model", "toy", "--out", index, "--json")
+    assert (status, json.loads(said)["items"], json.loads(said)["left_out"]) == (0, 2, ["a"])
+    assert err == "left out, as they have neither title nor text: 1 documents (a)\n"
+    # A document that has lost its text is not found by its old one.
+    file.write_text(json.dumps({"_id": "b", "title": " ", "text": None}) + "\n" + json.dumps(rows[2]) + "\n")
+    status, said, err = cli("index", "add", index, file)
+    assert (status, err.count("(b)")) == (0, 1)
+    assert "items: 1\n" in said
+    assert cli("search", index, "mail reader")[1].count("mail reader") == 1
+
+    # Ready vectors are found whatever the text.
+    import numpy as np
+
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.save(tmp_path / "v.npy", np.eye(3, 16, dtype=np.float32))
+    status, said, err = cli(
+        "index", "build", file, "--vectors", tmp_path / "v.npy", "--out", tmp_path / "v.matryo", "--json"
+    )
+    assert (status, json.loads(said)["items"], json.loads(said)["left_out"], err) == (0, 3, [], "")
+
+
 def test_doctor(cli):
     status, said, _ = cli("doctor")
     assert status == 0

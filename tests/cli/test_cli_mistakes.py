@@ -146,7 +146,9 @@ def test_documents(mistake, index, tmp_path):
     file = tmp_path / "more.jsonl"
     for rows, said in (
         ([{"text": "no id"}], "line 1: no '_id' or 'id'; it has 'text'"),
-        ([{"id": "a", "text": "x"}, {"id": "b", "text": " "}], "line 2: column 'text' is empty"),
+        ([{"id": "a", "text": "x"}, {"id": "b"}], "line 2: no column 'text'; it has 'id'"),
+        ([{"id": "a", "text": "x"}, {"id": "b", "text": 3}], "line 2: column 'text' must be text, got int"),
+        ([{"id": "a", "text": " "}, {"id": "b", "title": "", "text": None}], "no document has a title or a text"),
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], "id 'a' appears twice"),
         ([], "no rows"),
     ):

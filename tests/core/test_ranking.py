@@ -2,14 +2,16 @@ import sys
 
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
 from matryo.core.errors import InputError
 from matryo.core.gram import check_widths, prefix_scores
-from matryo.core.metrics import Judgements, judged_ranks
+from matryo.core.metrics import Judgements, Metric, judged_ranks, measure
 from matryo.core.prefix import truncate
-from matryo.core.ranking import ranks_at_widths
+from matryo.core.ranking import NEVER, ranks_at_widths, ranks_in_task
+from matryo.core.records import Retrieval
 from matryo.core.topk import top_k
 
 
@@ -73,6 +75,48 @@ def test_prefix_scores_are_the_products_of_the_prefixes(chunk):
         np.testing.assert_allclose(scores, q[rows, :width] @ truncate(d, width).T, atol=1e-5)
         if width == 4:
             assert not scores[:, 5].any()
+
+
+def blanked(judged: Judgements, documents: list[str]) -> Retrieval:
+    ids = [f"q{n}" for n in range(judged.count)]
+    return Retrieval("t", ids, ids, documents, [f"d{n}" for n in range(len(documents))], judged)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12))
+def test_blank_documents_rank_as_if_missing_from_the_run_of_trec_eval(seed, queries, documents, most):
+    rng = np.random.default_rng(seed)
+    judged = judgements(rng, queries, documents, min(most, documents))
+    texts = ["" if rng.random() < 0.3 else "text" for _ in range(documents)]
+    texts[rng.integers(documents)] = "text"
+    task = blanked(judged, texts)
+    q, d = signs(rng, queries, 16), signs(rng, documents, 16)
+    # trec_eval breaks ties by the larger id first; ours is the lower position first, so ids fall as positions rise.
+    ids = [f"d{documents - n:04d}" for n in range(documents)]
+    qrel = {f"q{n}": {} for n in range(queries)}
+    for query, document in zip(judged.queries, judged.documents, strict=True):
+        qrel[f"q{query}"][ids[document]] = 1
+    for width, ranks in ranks_in_task(task, q, d[task.written], [4, 16]).items():
+        blank = np.array([not texts[n] for n in judged.documents])
+        assert (ranks[blank] == NEVER).all()
+        assert (ranks[~blank] < len(task.written)).all()
+        scores = q[:, :width] @ d[:, :width].T
+        run = {f"q{n}": {ids[m]: float(row[m]) for m in task.written} for n, row in enumerate(scores)}
+        # A cut beyond the number of documents too: what is never found is not found there either.
+        wanted = {"ndcg_cut.5,100", "recall.5,100", "map_cut.5,100", "recip_rank"}
+        theirs = pytrec_eval.RelevanceEvaluator(qrel, wanted).evaluate(run)
+        for ours, column in (("nDCG", "ndcg_cut"), ("recall", "recall"), ("mAP", "map_cut")):
+            for k in (5, 100):
+                expected = [theirs[f"q{n}"][f"{column}_{k}"] for n in range(queries)]
+                np.testing.assert_allclose(measure(Metric(ours, k), ranks, judged), expected, atol=1e-9)
+        expected = [theirs[f"q{n}"]["recip_rank"] for n in range(queries)]
+        np.testing.assert_allclose(measure(Metric("MRR", 100), ranks, judged), expected, atol=1e-9)
+
+
+def test_a_set_whose_every_relevant_document_is_blank_scores_nothing():
+    judged = Judgements(np.arange(2), np.array([0, 2]), np.ones(2), 2)
+    ranks = ranks_in_task(blanked(judged, ["", "x", " "]), np.eye(2, 4), np.ones((1, 4)), [2, 4])
+    assert {width: found.tolist() for width, found in ranks.items()} == {2: [NEVER] * 2, 4: [NEVER] * 2}
+    assert measure(Metric("nDCG", 10), ranks[4], judged).tolist() == [0, 0]
 
 
 def test_without_thread_control_one_thread_gives_the_same(monkeypatch):

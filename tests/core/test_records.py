@@ -77,10 +77,12 @@ def test_a_corpus_without_judged_queries_is_refused(beir):
     [
         ({"_id": "a", "text": "twice"}, "line 4: '_id' 'a' appears twice"),
         ({"text": "nameless"}, "line 4: no '_id'"),
-        ({"_id": "d", "text": " "}, "line 4: column 'text' is empty"),
         ({"_id": "d"}, "line 4: no column 'text'"),
+        ({"_id": "d", "title": ""}, "line 4: no column 'text'"),
         ({"_id": "d", "text": 3}, "line 4: column 'text' must be text, got int"),
+        ({"_id": "d", "title": "t", "text": 3}, "line 4: column 'text' must be text, got int"),
         ({"_id": "d", "text": "\ud800"}, "line 4: column 'text' holds a lone surrogate"),
+        ({"_id": "d", "title": "\ud800", "text": "x"}, "line 4: column 'title' holds a lone surrogate"),
         ([1], "line 4: each line must be a JSON object"),
     ],
 )
@@ -88,6 +90,29 @@ def test_a_bad_document_is_named_by_file_and_line(beir, record, said):
     with (beir / "corpus.jsonl").open("a") as stream:
         stream.write(json.dumps(record) + "\n")
     with pytest.raises(InputError, match=rf"corpus\.jsonl {said}"):
+        read_retrieval(beir)
+
+
+def test_a_document_without_title_and_text_is_kept_blank(beir):
+    with (beir / "corpus.jsonl").open("a") as stream:
+        for n, record in enumerate(({"text": ""}, {"title": " ", "text": "\n"}, {"title": None, "text": None})):
+            stream.write(json.dumps({"_id": f"blank{n}", **record}) + "\n")
+    with (beir / "qrels/test.tsv").open("a") as stream:
+        stream.write("q2\tblank1\t3\n")
+    got = read_retrieval(beir)
+    assert got.documents == ["Title body", "text alone", "title alone", "", "", ""]
+    assert got.written.tolist() == [0, 1, 2]
+    assert got.texts == got.documents[:3]
+    assert got.judged.documents.tolist() == [0, 2, 0, 4]
+
+
+def test_a_corpus_of_blank_documents_and_a_blank_query_are_refused(beir):
+    jsonl(beir / "corpus.jsonl", *({"_id": key, "text": " "} for key in "abc"))
+    with pytest.raises(InputError, match=r"corpus\.jsonl: no document has a title or a text"):
+        read_retrieval(beir)
+    jsonl(beir / "corpus.jsonl", *({"_id": key, "text": "x"} for key in "abc"))
+    jsonl(beir / "queries.jsonl", {"_id": "q0", "text": "question"}, {"_id": "q1", "text": " "})
+    with pytest.raises(InputError, match=r"queries\.jsonl line 2: column 'text' is empty"):
         read_retrieval(beir)
 
 
@@ -209,5 +234,6 @@ def test_bad_texts_are_named():
     assert check_texts(("a", "b")) == ["a", "b"]
     with pytest.raises(InputError, match=r"queries\[1\] is empty"):
         check_texts(["a", " \n"], "queries")
+    assert check_texts(["a", " \n"], "documents", blank=True) == ["a", " \n"]
     with pytest.raises(InputError, match=r"texts\[0\] must be text, got int"):
         check_texts([1])

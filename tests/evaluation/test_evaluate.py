@@ -172,6 +172,44 @@ def test_a_task_may_be_a_path(tmp_path, model):
     assert mt.evaluate(model, tmp_path / "sts.jsonl", baselines=(), resamples=10).kind == "scored pairs"
 
 
+def test_blank_documents_are_never_encoded_never_found_and_stay_in_the_denominator(model, retrieval):
+    """The shape of Cranfield: a blank document that is relevant, and one that no query asks for."""
+    judged = Judgements(
+        np.r_[0, np.arange(40)], np.r_[3, np.arange(40)], np.r_[2.0, np.ones(40)], 40
+    )  # query 0 has two relevant documents, 3 the better
+    documents = list(retrieval.documents)
+    documents[3] = documents[70] = ""
+    task = replace(retrieval, judged=judged, documents=documents)
+    codes = ("int8", "binary")
+    report = mt.evaluate(model, task, widths=[4], codes=codes, resamples=20)
+    assert model.encoded == [40, 78]
+    kept = [n for n in range(80) if n not in (3, 70)]
+    q, d = model.encode(retrieval.queries), model.encode([documents[n] for n in kept])
+    # By hand: the documents left, query 0 with its one findable document, query 3 with none.
+    scores = truncate(q, 32).astype(np.float64) @ truncate(d, 32).astype(np.float64).T
+    recall = report.per_query["words 32:float32"]["recall@10"]
+    for n in range(40):
+        found = n != 3 and (scores[n] > scores[n, kept.index(n)]).sum() < 10
+        assert recall[n] == (found / 2 if n == 0 else found)
+    assert all(report.per_query[f"words 32:{code}"]["recall@100"][3] == 0 for code in ("float32", *codes))
+    assert report.per_query["PCA 4:float32"]["recall@100"][3] == 0
+    assert report.counts["documents"] == 80
+    assert json.loads(report.to_json())["counts"]["blank documents"] == 2
+    assert "Documents without title and text: 2 of 80 (d3, d70)" in report.table()
+    assert "(2)" in next(note for note in report.notes if "never found" in note)
+    # Ready vectors may hold a row for each document, that of a blank one included, or leave those out.
+    whole = np.full((80, 32), np.nan, np.float32)
+    whole[kept] = d
+    for second in (whole, d):
+        again = mt.evaluate((q, second), task, widths=[4], codes=codes, resamples=20, name="words")
+        assert [row.value for row in again.rows] == [row.value for row in report.rows]
+    with pytest.raises(InputError, match="documents: 78 texts but 79 vectors"):
+        mt.evaluate((q, np.ones((79, 32), np.float32)), task)
+    with pytest.raises(InputError, match="every document is blank"):
+        mt.evaluate(model, replace(task, documents=[" "] * 80))
+    assert "blank" not in mt.evaluate(model, retrieval, resamples=20).table()
+
+
 def bad(retrieval: Retrieval, **changes) -> Retrieval:
     return replace(retrieval, **changes)
 

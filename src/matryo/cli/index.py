@@ -47,7 +47,8 @@ def build(
 ) -> None:
     """Index documents in a new folder. Each batch is committed: what was reported survives a crash.
 
-    Columns read: _id or id, title and text (or document).
+    Columns read: _id or id, title and text (or document). A document with neither is left out and counted, as there is
+    nothing to encode; with --vectors it is kept.
     Example: matryo index build corpus.jsonl.gz --model runs/first --out docs.matryo --metadata section
     """
     from matryo import Index, load
@@ -59,10 +60,10 @@ def build(
     width = loaded.width if loaded else read_vectors(vectors or Path()).shape[1]
     rows = _read(documents, metadata or [])
     _refuse_repeats(rows, documents)
-    ready = _ready(vectors, rows)
+    ready = _ready(vectors, rows, documents)
     with Index.create(out, width=width, plan=plan, model=identity(loaded) if loaded else None) as index:
-        _fill(index, rows, loaded, ready, out)
-        _report(index, as_json)
+        left = _fill(index, rows, loaded, ready, out)
+        _report(index, as_json, left)
 
 
 def add_documents(
@@ -70,17 +71,18 @@ def add_documents(
 ) -> None:
     """Add documents to an index, replacing those whose id is there already.
 
+    A document without title and text is left out; if its id was there, it is no longer.
     Example: matryo index add docs.matryo more.jsonl.gz
     """
     from matryo import Index
 
     rows = _read(documents, metadata or [])
     _refuse_repeats(rows, documents)
-    ready = _ready(vectors, rows)
+    ready = _ready(vectors, rows, documents)
     with Index.open(index) as opened:
         loaded = None if vectors else model_of(opened, index)
-        _fill(opened, rows, loaded, ready, index)
-        _report(opened, as_json)
+        left = _fill(opened, rows, loaded, ready, index)
+        _report(opened, as_json, left)
 
 
 def delete(index: Folder, ids: Annotated[list[str], typer.Argument(help="Ids.")], as_json: Json = False) -> None:
@@ -203,12 +205,10 @@ def _read(path: Path, metadata: list[str]) -> list[tuple[str, str, dict[str, Any
         if key is None or str(key) == "":
             raise InputError(f"{path} line {line}: no '_id' or 'id'; it has {', '.join(map(repr, row))}")
         column = "text" if "text" in row or "document" not in row else "document"
-        title, body = str(row.get("title") or "").strip(), row.get(column)
-        text = f"{title} {body}".strip() if title and isinstance(body, str) else title
         missing = [name for name in metadata if name not in row]
         if missing:
             raise InputError(f"{path} line {line}: no column {missing[0]!r} for metadata; it has {', '.join(row)}")
-        text = text or records.text_of(path, line, row, column)
+        text = records.document_of(path, line, row, column)
         found.append((str(key), text, {name: row[name] for name in metadata}))
     if not found:
         raise InputError(f"{path}: no rows, so there is nothing to index")
@@ -223,10 +223,14 @@ def _refuse_repeats(rows: list[tuple[str, str, dict[str, Any]]], path: Path) -> 
         seen.add(key)
 
 
-def _ready(vectors: Path | None, rows: list[tuple[str, str, dict[str, Any]]]) -> "NDArray[np.float32] | None":
-    """Ready vectors, one per document: checked before an index is made or touched."""
+def _ready(
+    vectors: Path | None, rows: list[tuple[str, str, dict[str, Any]]], path: Path
+) -> "NDArray[np.float32] | None":
+    """Ready vectors, one per document, or none and something to encode: checked before an index is made or touched."""
     from matryo.core.records import read_vectors
 
+    if vectors is None and not any(text for _, text, _ in rows):
+        raise InputError(f"{path}: no document has a title or a text, so there is nothing to encode")
     ready = read_vectors(vectors) if vectors else None
     if ready is not None and len(ready) != len(rows):
         raise InputError(f"{vectors} has {len(ready)} rows for {len(rows)} documents; give one vector per document")
@@ -239,20 +243,25 @@ def _fill(
     model: "Model | None",
     ready: "NDArray[np.float32] | None",
     folder: Path,
-) -> None:
-    done = 0
+) -> list[str]:
+    """Write the rows batch by batch; the ids of those that were left out because there is nothing to encode."""
+    left = [key for key, text, _ in rows if not text and ready is None]
+    kept = [row for row in rows if row[1] or ready is not None]
     try:
-        with bar(len(rows), "indexing") as progress:
-            for start, part in _batches(rows):
+        with bar(len(kept), "indexing") as progress:
+            for start, part in _batches(kept):
                 keys, texts, fields = (list(column) for column in zip(*part, strict=True))
                 made = ready[start : start + len(part)] if ready is not None else model.encode(texts)  # type: ignore[union-attr]
                 index.upsert(keys, made, texts, [f or None for f in fields])
-                done += len(part)
                 progress.by(len(part))
+        if left:
+            index.delete(left)
     except KeyboardInterrupt:
         raise InterruptedByUserError(
-            f"interrupted; {done} of {len(rows)} documents are in {folder}, the rest can follow by 'matryo index add'"
+            f"interrupted; {folder} holds {len(index)} documents, in whole batches; the rest can follow by "
+            "'matryo index add' with the same file"
         ) from None
+    return left
 
 
 def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
@@ -260,10 +269,14 @@ def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
         yield start, rows[start : start + BATCH]
 
 
-def _report(index: "Index", as_json: bool) -> None:
+def _report(index: "Index", as_json: bool, left: list[str] | None = None) -> None:
+    """What an index holds and, after writing, which documents were left out."""
     found = index.stats()
+    if left:
+        named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        note(f"left out, as they have neither title nor text: {len(left)} documents ({named})")
     if as_json:
-        say_json(found)
+        say_json(found if left is None else {**found, "left_out": left})
         return
     for name in ("items", "dead_rows", "width", "plan", "generation"):
         say(f"{name}: {found[name]}")

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from matryo.core.errors import InputError
 from matryo.core.gram import PrefixProducts, refuse_bad_rows, rows_per_chunk
 from matryo.core.metrics import Judgements, ranks_in_row
+from matryo.core.records import Retrieval
 
 Ints = NDArray[np.int64]
 Float32s = NDArray[np.float32]
+
+NEVER = np.iinfo(np.int64).max
+"""The rank of a document that was never scored: beyond every cut, as trec_eval takes a document missing from a run."""
 
 MOST_THREADS = 8
 """More than this gain nothing: the passes are then bound by memory."""
@@ -75,6 +79,29 @@ def ranks_at_widths(
                 for finished in [pool.submit(work.run, starts[n::workers], rows) for n in range(workers)]:
                     finished.result()
     return work.ranks
+
+
+def ranks_in_task(
+    task: Retrieval, queries_QD: Float32s, documents_MD: Float32s, widths: Sequence[int]
+) -> dict[int, Ints]:
+    """`ranks_at_widths` of a retrieval set whose blank documents have no vector: those stand at NEVER.
+
+    `documents_MD` holds one row for each of `task.texts`.
+    """
+    judged = task.judged
+    if len(task.written) == len(task.documents):
+        return ranks_at_widths(queries_QD, documents_MD, judged, widths)
+    place = np.full(len(task.documents), -1)
+    place[task.written] = np.arange(len(task.written))
+    scored = place[judged.documents] >= 0
+    # Queries whose every relevant document is blank drop out; the others are numbered anew.
+    kept, queries = np.unique(judged.queries[scored], return_inverse=True)
+    ranks = {width: np.full(len(judged.queries), NEVER) for width in widths}
+    if len(kept):
+        part = Judgements(queries, place[judged.documents[scored]], judged.grades[scored], len(kept))
+        for width, found in ranks_at_widths(queries_QD[kept], documents_MD, part, widths).items():
+            ranks[width][scored] = found
+    return ranks
 
 
 class _Ranker:

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +39,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A retrieval set: texts, and which documents are relevant to which query (judged queries only)."""
+    """A retrieval set: texts, and which documents are relevant to which query (judged queries only).
+
+    A document may be blank: real collections hold some. It is never encoded and never found, and where it is relevant
+    it stays in the denominator of every metric.
+    """
 
     name: str
     queries: list[str]
@@ -46,6 +51,16 @@ class Retrieval:
     documents: list[str]
     document_ids: list[str]
     judged: Judgements
+
+    @cached_property
+    def written(self) -> NDArray[np.int64]:
+        """(M,) positions of the documents that have text, rising."""
+        return np.array([n for n, text in enumerate(self.documents) if text.strip()], dtype=np.int64)
+
+    @property
+    def texts(self) -> list[str]:
+        """The M documents that have text: what there is to encode."""
+        return [self.documents[n] for n in self.written]
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,17 @@ def text_of(path: str | Path, line: int, row: Row, column: str) -> str:
     return value
 
 
+def document_of(path: str | Path, line: int, row: Row, column: str = "text") -> str:
+    """Title and text of a document, joined; it may be one of them alone, as in BEIR itself, and is "" with neither."""
+    title, body = str(row.get("title") or "").strip(), row.get(column)
+    if title:
+        text_of(path, line, {"title": title}, "title")
+    if (title or column in row) and (body is None or (isinstance(body, str) and not body.strip())):
+        return title
+    text = text_of(path, line, row, column)
+    return f"{title} {text}".strip() if title else text
+
+
 def read_pairs(path: str | Path) -> Pairs:
     """Pairs or triplets from columns `anchor, positive[, negative, negative_2, ...]` and optional `group`."""
     anchors: list[str] = []
@@ -166,7 +192,10 @@ def _negative_order(column: str) -> tuple[int, str]:
 
 
 def read_retrieval(folder: str | Path, split: str = "test") -> Retrieval:
-    """A BEIR folder: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`. Title and text are joined."""
+    """A BEIR folder: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`. Title and text are joined.
+
+    A document with neither title nor text is kept as "" (see `Retrieval`); a query without text is an InputError.
+    """
     folder = Path(folder)
     corpus, queries = _one_of(folder, "corpus"), _one_of(folder, "queries")
     qrels = folder / "qrels" / f"{split}.tsv"
@@ -218,16 +247,11 @@ def _texts(path: Path, titled: bool) -> dict[str, str]:
             raise InputError(f"{path} line {line}: no '_id'")
         if key in texts:
             raise InputError(f"{path} line {line}: '_id' {key!r} appears twice")
-        title = str(row.get("title") or "").strip() if titled else ""
-        body = row.get("text")
-        # A document may be its title alone or its text alone, as in BEIR itself.
-        texts[key] = (
-            f"{title} {body}".strip()
-            if title and isinstance(body, str)
-            else (title or text_of(path, line, row, "text"))
-        )
+        texts[key] = document_of(path, line, row) if titled else text_of(path, line, row, "text")
     if not texts:
         raise InputError(f"{path}: no rows")
+    if not any(texts.values()):
+        raise InputError(f"{path}: no document has a title or a text, so there is nothing to find")
     return texts
 
 
@@ -292,11 +316,11 @@ def check_vectors(array: NDArray[Any], name: str = "vectors", width: int | None 
     return array if array.dtype == np.float32 else array.astype(np.float32)
 
 
-def check_texts(texts: Sequence[object], what: str = "texts") -> list[str]:
-    """A list of non-blank, valid texts, or an InputError that names the first bad position."""
+def check_texts(texts: Sequence[object], what: str = "texts", blank: bool = False) -> list[str]:
+    """A list of texts, none blank unless that is allowed, or an InputError that names the first bad position."""
     for n, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"{what}[{n}] must be text, got {type(text).__name__}")
-        if not text.strip():
+        if not blank and not text.strip():
             raise InputError(f"{what}[{n}] is empty; there is nothing to encode")
     return list(texts)  # type: ignore[arg-type]

@@ -94,7 +94,7 @@ def _measured(nested: Model, twin: Model, seed: int) -> Report:
     sample = read_pairs(DATA / "train.jsonl.gz").positives
     # One PCA of the twin at full width; its components come in order, so every width is a prefix of it.
     pca = PCA().fit(twin.encode(sample))
-    queries, documents = twin.encode(task.queries), twin.encode(task.documents)
+    queries, documents = twin.encode(task.queries), twin.encode(task.texts)
     return evaluate(
         nested,
         task,

@@ -88,7 +88,7 @@ def evaluate(
     trained = trained_widths(model_or_vectors, full)
     chosen = check_widths(default_widths(trained, full) if widths is None else sorted({*widths, full}), full)
     model = System(name or name_of(model_or_vectors), first, second, tuple(chosen), trained)
-    others, notes = [], _notes(model, codes)
+    others, notes = [], _notes(model, codes) + _blanks(task)
     for depth in depths or ():
         low = System(f"{model.name}, {depth} layers", *embed(model_or_vectors, task, depth), model.widths, trained)
         others.append(low)
@@ -155,6 +155,19 @@ def _refuse_twice(cells: Sequence[Cell]) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"{label} is measured twice; give twins and separate models names of their own")
+
+
+def _blanks(task: Task) -> list[str]:
+    """What a set with documents that have no text has to say about them."""
+    if not isinstance(task, Retrieval) or len(task.written) == len(task.documents):
+        return []
+    blank = sorted(set(range(len(task.documents))) - set(task.written.tolist()))
+    pairs = int(np.isin(task.judged.documents, blank).sum())
+    named = ", ".join(task.document_ids[n] for n in blank[:3]) + (", ..." if len(blank) > 3 else "")
+    return [
+        f"Documents without title and text: {len(blank):,} of {len(task.documents):,} ({named}). They are never "
+        f"encoded and never found; judged pairs that name them ({pairs:,}) stay in every denominator."
+    ]
 
 
 def _notes(model: System, codes: Sequence[str]) -> list[str]:

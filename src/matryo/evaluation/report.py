@@ -70,6 +70,8 @@ class Report:
                 "documents": len(task.documents),
                 "judged pairs": len(task.judged.queries),
             }
+            if blank := len(task.documents) - len(task.written):
+                self.counts["blank documents"] = blank
         else:
             self.kind, self.items = "scored pairs", [str(n) for n in range(len(task.scores))]
             self.counts = {"pairs": len(task.scores)}

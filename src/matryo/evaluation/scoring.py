@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from matryo.core.codecs import codec
 from matryo.core.metrics import Metric, measure
 from matryo.core.prefix import truncate
-from matryo.core.ranking import ranks_at_widths
+from matryo.core.ranking import ranks_in_task
 from matryo.core.records import Retrieval
 from matryo.evaluation.systems import System, Task
 
@@ -51,7 +51,7 @@ def score(system: System, task: Task, codes: Sequence[str], metrics: Sequence[Me
                 continue
             first, second, size = _coded(system, width, code)
             if isinstance(task, Retrieval):
-                ranks = ranks_at_widths(first, second, task.judged, [width])[width]
+                ranks = ranks_in_task(task, first, second, [width])[width]
                 values = {str(m): measure(m, ranks, task.judged) for m in metrics}
             else:
                 values = {COSINE: cosines_at_widths(first, second, [width])[width]}
@@ -60,7 +60,7 @@ def score(system: System, task: Task, codes: Sequence[str], metrics: Sequence[Me
 
 def _float_cells(system: System, task: Task, metrics: Sequence[Metric]) -> Iterator[Cell]:
     if isinstance(task, Retrieval):
-        for width, ranks in ranks_at_widths(system.first, system.second, task.judged, system.widths).items():
+        for width, ranks in ranks_in_task(task, system.first, system.second, system.widths).items():
             values = {str(m): measure(m, ranks, task.judged) for m in metrics}
             yield Cell(system, width, "float32", 4 * width, values)
     else:

@@ -38,7 +38,7 @@ class System:
 
 
 def texts_of(task: Task) -> tuple[list[str], list[str]]:
-    """The two columns of texts a task compares, checked: none is empty and there are as many as the task says."""
+    """The two columns of texts a task compares, checked; of documents, those that are not blank."""
     if isinstance(task, Retrieval):
         if len(task.queries) != task.judged.count or len(task.query_ids) != task.judged.count:
             raise InputError(
@@ -47,14 +47,19 @@ def texts_of(task: Task) -> tuple[list[str], list[str]]:
             )
         if len(task.document_ids) != len(task.documents) or not task.documents:
             raise InputError(f"{task.name}: {len(task.documents)} documents but {len(task.document_ids)} ids")
-        return check_texts(task.queries, "queries"), check_texts(task.documents, "documents")
+        check_texts(task.documents, "documents", blank=True)
+        if not len(task.written):
+            raise InputError(f"{task.name}: every document is blank, so there is nothing to find")
+        return check_texts(task.queries, "queries"), task.texts
     if not len(task.first) == len(task.second) == len(task.scores) or len(task.scores) < 2:
         raise InputError(f"{task.name}: sentences and scores must be as many, and at least 2")
     return check_texts(task.first, "sentence1"), check_texts(task.second, "sentence2")
 
 
 def embed(source: Source, task: Task, depth: int | None = None) -> tuple[Float32s, Float32s]:
-    """Both columns of a task as (Q, D) and (N, D) float32, encoded once or taken as given, and checked.
+    """Both columns of a task as (Q, D) and (M, D) float32, encoded once or taken as given, and checked.
+
+    M counts the documents that have text. Ready vectors may hold a row for each document; rows of blank ones are left.
 
     Raises:
         InputError: empty text; rows and texts that differ in number; widths that differ; NaN, Inf or all-zero rows.
@@ -66,6 +71,8 @@ def embed(source: Source, task: Task, depth: int | None = None) -> tuple[Float32
         second = _encode(source, second_texts, "document", depth)
     elif isinstance(source, tuple) and len(source) == 2:
         first, second = (np.asarray(part) for part in source)
+        if isinstance(task, Retrieval) and second.shape[:1] == (len(task.documents),) != (len(second_texts),):
+            second = second[task.written]
     else:
         raise InputError(
             f"expected a model with encode() or a pair (queries, documents) of arrays, got {type(source).__name__}"

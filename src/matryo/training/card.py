@@ -13,7 +13,7 @@ import matryo
 from matryo.core.codecs import Int8, codec
 from matryo.core.metrics import measure
 from matryo.core.prefix import Nesting, truncate
-from matryo.core.ranking import ranks_at_widths
+from matryo.core.ranking import ranks_in_task
 from matryo.core.records import Retrieval
 from matryo.encoders.model import Card
 from matryo.training.config import TrainConfig
@@ -39,7 +39,7 @@ def score_rows(dev: DevEvaluator, encode: Encode, nesting: Nesting) -> list[dict
     task = dev.task
     if not isinstance(task, Retrieval):
         return [_row(task.name, dev.metric_name, w, "float32", value) for w, value in dev.scores(encode).items()]
-    queries, documents = encode(task.queries), encode(task.documents)
+    queries, documents = encode(task.queries), encode(task.texts)
     found = []
     for code in SCORED_CODES:
         for width in nesting.widths:
@@ -50,7 +50,7 @@ def score_rows(dev: DevEvaluator, encode: Encode, nesting: Nesting) -> list[dict
             asked = truncate(queries, width)
             # Hamming order, what a scan of binary codes gives: both sides are signs.
             asked = store.decode(store.encode(asked)) if code == "binary" else asked
-            ranks = ranks_at_widths(asked, coded, task.judged, [width])[width]
+            ranks = ranks_in_task(task, asked, coded, [width])[width]
             found.append(_row(task.name, dev.metric_name, width, code, measure(dev.metric, ranks, task.judged).mean()))
     return found
 

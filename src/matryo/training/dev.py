@@ -11,7 +11,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from matryo.core.errors import InputError
 from matryo.core.metrics import Judgements, Metric, measure
 from matryo.core.prefix import Nesting, truncate
-from matryo.core.ranking import ranks_at_widths
+from matryo.core.ranking import ranks_in_task
 from matryo.core.records import Retrieval, ScoredPairs, read_pairs, read_retrieval, read_sts, rows
 
 Encode = Callable[[list[str]], NDArray[np.float32]]
@@ -60,8 +60,8 @@ class DevEvaluator(BaseEvaluator):
     def scores(self, encode: Encode) -> dict[int, float]:
         """width -> score."""
         if isinstance(self.task, Retrieval):
-            queries, documents = encode(self.task.queries), encode(self.task.documents)
-            ranks = ranks_at_widths(queries, documents, self.task.judged, self.nesting.widths)
+            queries, documents = encode(self.task.queries), encode(self.task.texts)
+            ranks = ranks_in_task(self.task, queries, documents, self.nesting.widths)
             return {w: float(measure(self.metric, r, self.task.judged).mean()) for w, r in ranks.items()}
         return _spearman_at_widths(encode, self.task, self.nesting)
 
