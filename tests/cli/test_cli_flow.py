@@ -110,6 +110,26 @@ def test_index_of_ready_vectors(cli, dev_folder, tmp_path):
     assert "names no model" in err
 
 
+def test_eval_trains_the_twin_and_the_models_of_one_width(cli, trained, dev_folder, tmp_path):
+    model = shutil.copytree(trained, tmp_path / "model")
+    line = ["eval", model, dev_folder, "--baselines", "none", "--resamples", 20, "--codes", "float32", "--json"]
+    status, said, err = cli(*line, "--twin", "train", "--separate", "train", "--separate", "8=toy")
+    assert (status, said) == (2, ""), "the model named for a width wins, and this one is of another width"
+    assert "the separate model for width 8 gives vectors of 64 dimensions" in err
+    assert sorted(path.name for path in (tmp_path / "model-alone").iterdir()) == ["16", "32"]
+    assert "width 32 alone: step 10/10 dev 0." in err
+
+    status, said, err = cli(*line, "--twin", "train", "--separate", "train", "--separate-out", tmp_path / "model-alone")
+    assert status == 0, err
+    assert "width 8 alone" in err
+    assert "width 16 alone" not in err, "what is there is used again"
+    rows = [(r["model"], r["width"], r["trained"]) for r in json.loads(said)["rows"] if r["metric"] == "nDCG@10"]
+    assert rows[3:] == [
+        *(("un-nested, cut", 8, False), ("un-nested, cut", 16, False), ("un-nested, cut", 32, True)),
+        *(("trained at one width", width, True) for width in (8, 16, 32)),
+    ]
+
+
 def test_documents_without_text_are_left_out_and_counted(cli, tmp_path):
     rows = [{"_id": "a", "title": "", "text": ""}, {"_id": "b", "text": "mail reader"}, {"_id": "c", "text": "chess"}]
     file, index = tmp_path / "docs.jsonl", tmp_path / "docs.matryo"

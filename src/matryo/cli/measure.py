@@ -3,13 +3,20 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matryo.cli.terminal import Json, note, say
+from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say
 from matryo.cli.train import numbers
 from matryo.core.errors import InputError
+
+if TYPE_CHECKING:
+    from matryo.encoders import Model
+    from matryo.training import Step
+
+TRAIN = "train"
+"""Said instead of a model: make it here. A folder of that name is given as ./train."""
 
 
 def add(app: typer.Typer) -> None:
@@ -27,9 +34,19 @@ def evaluate(
     fit: Annotated[
         Path | None, typer.Option(help="Pairs whose positives PCA is fitted on; the corpus if unset.")
     ] = None,
-    twin: Annotated[str | None, typer.Option(help="The same model trained without nesting, to be cut.")] = None,
+    twin: Annotated[
+        str | None, typer.Option(help="The same model trained without nesting, to be cut; 'train' trains it.")
+    ] = None,
     separate: Annotated[
-        list[str] | None, typer.Option(help="WIDTH=MODEL trained at that width alone; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="WIDTH=MODEL trained at that width alone, WIDTH=train to train it by the model's own recipe, or "
+            "'train' for every trained width; repeatable."
+        ),
+    ] = None,
+    separate_out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for models trained here, used again next time; MODEL-alone if unset."),
     ] = None,
     metric: Annotated[str, typer.Option(help="nDCG@k, recall@k, MRR@k or mAP@k.")] = "nDCG@10",
     report: Annotated[Path | None, typer.Option(help="Write the page with charts here.")] = None,
@@ -40,24 +57,26 @@ def evaluate(
 ) -> None:
     """Measure a model at every width and code, beside baselines, with confidence intervals.
 
+    With 'train', --twin and --separate run the model's recorded training again, for one width alone.
     Example: matryo eval runs/first dev-set/ --widths 16,64,200,512 --report report.html
     """
     from matryo import load
     from matryo.core.files import write_text
     from matryo.core.records import read_pairs
     from matryo.evaluation import evaluate as run
+    from matryo.evaluation import read_task
 
-    loaded = load(model)
+    loaded, measured = load(model), read_task(task, split)
+    twins, alone = _others(loaded, twin, separate or [], separate_out)
     result = run(
         loaded,
-        task,
+        measured,
         widths=numbers(widths),
         codes=[c.strip() for c in codes.split(",")],
         baselines=[] if baselines == "none" else [b.strip() for b in baselines.split(",")],
-        split=split,
         metric=metric,
-        twins={"un-nested, cut": load(twin)} if twin else None,
-        separate=dict(map(_separate, separate)) if separate else None,
+        twins=twins,
+        separate=alone,
         fit_vectors=loaded.encode(read_pairs(fit).positives) if fit else None,
         resamples=resamples,
         seed=seed,
@@ -71,10 +90,43 @@ def evaluate(
     say(result.to_json() if as_json else result.table())
 
 
-def _separate(text: str) -> tuple[int, Any]:
+def _others(
+    model: "Model", twin: str | None, separate: list[str], out: Path | None
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """The twin and the models of one width, loaded or trained here."""
     from matryo import load
 
+    trained = model.nesting.widths if model.nesting else (model.width,)
+    named = dict.fromkeys(trained if TRAIN in separate else (), TRAIN)
+    named |= dict(_separate(text) for text in separate if text != TRAIN)
+    wanted = {width for width, name in named.items() if name == TRAIN} | ({model.width} if twin == TRAIN else set())
+    made = _trained(model, sorted(wanted), out) if wanted else {}
+    alone = {width: made[width] if name == TRAIN else load(name) for width, name in named.items()}
+    return {"un-nested, cut": made[model.width] if twin == TRAIN else load(twin)} if twin else {}, alone
+
+
+def _separate(text: str) -> tuple[int, str]:
     width, found, name = text.partition("=")
-    if not found or not width.isdecimal():
-        raise InputError(f"--separate takes WIDTH=MODEL, got {text!r}; for example 64=runs/only-64")
-    return int(width), load(name)
+    if not found or not name or not width.isdecimal():
+        raise InputError(f"--separate takes WIDTH=MODEL or train, got {text!r}; for example 64=runs/only-64")
+    return int(width), name
+
+
+def _trained(model: "Model", widths: list[int], out: Path | None) -> dict[int, Any]:
+    from matryo.evaluation import train_alone
+    from matryo.evaluation.alone import default_folder
+
+    folder = out or default_folder(model)
+    with bar(None, "training") as progress:
+
+        def report(width: int, step: "Step") -> None:
+            if step.scores:
+                note(f"width {width} alone: step {step.step}/{step.steps} dev {step.scores[f'width_{width}']:.4f}")
+            progress.to(step.step, step.steps, f"training width {width} alone")
+
+        try:
+            return dict(train_alone(model, widths, folder, report))
+        except KeyboardInterrupt:
+            raise InterruptedByUserError(
+                f"interrupted; finished steps are kept in {folder}, go on with the same command"
+            ) from None

@@ -64,7 +64,7 @@ def evaluate(
         metric: what rows are compared by; `further` metrics are recorded beside it (retrieval only).
         split: of the judgements, where `task` is a folder.
         twins: name -> another model (say, trained without nesting), cut at the same widths.
-        separate: width -> a model trained at that width alone.
+        separate: width -> a model trained at that width alone; `train_alone` makes them.
         fit_vectors: (M, D) training vectors to fit PCA on; by default the document vectors of the task.
         against: name of the system the model is compared with; by default the first twin, else the first baseline.
         name: what the report calls the model; by default its own name.
@@ -78,7 +78,7 @@ def evaluate(
     """
     _check_arguments(codes, baselines, model_or_vectors, depths)
     codes = list(dict.fromkeys(["float32", *codes]))
-    task = _task(task, split)
+    task = read_task(task, split)
     metrics = list(dict.fromkeys(check_metrics([metric, *further])))
     items = task.judged.count if isinstance(task, Retrieval) else len(task.scores)
     resampling = Resampling(items, resamples, confidence, seed)
@@ -130,7 +130,8 @@ def _check_arguments(
             raise InputError(f"depth {depth} is not among the model's depths; the model {has}")
 
 
-def _task(task: Task | str | Path, split: str) -> Task:
+def read_task(task: Task | str | Path, split: str = "test") -> Task:
+    """A task from its path: a folder in the BEIR layout, or a file of scored pairs; a task as it is."""
     if isinstance(task, Retrieval | ScoredPairs):
         return task
     if not isinstance(task, str | Path):
