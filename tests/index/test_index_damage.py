@@ -210,3 +210,34 @@ def test_codes_may_be_deleted(made, tmp_path):
         assert len(index.check().notes) == 2
         index.compact()
         assert index.check().notes == ()
+
+
+CUT = """
+import os, sys
+import numpy as np
+from matryo.core.errors import DamagedError
+from matryo.index import Index
+
+folder, plan, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
+query = np.ones(64, np.float32)
+with Index.open(folder, read_only=True) as index:
+    index.search(query, k=5, plan=plan)
+    os.truncate(os.path.join(folder, "vectors-1.f32"), left)
+    for call in (lambda: index.search(query, k=5, plan=plan), lambda: index.search(query, where={"shelf": 0})):
+        try:
+            call()
+        except DamagedError as error:
+            assert f"{left} bytes, but " in str(error), error
+        else:
+            raise AssertionError("a file that was cut short was searched")
+    assert any("were committed" in problem for problem in index.check().problems)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("plan", [PLAN, "64:float32", "8:float32 keep 20 > 64:float16 keep 9 > 64:float32"])
+@pytest.mark.parametrize("left", [0, 64 * 4 * 100])
+def test_a_file_cut_short_while_it_is_mapped_is_refused_and_the_process_lives(tmp_path, python, plan, left):
+    make(tmp_path / "i")
+    ran = python("-W", "error", "-c", CUT, tmp_path / "i", plan, left)
+    assert (ran.returncode, ran.stdout) == (0, "alive\n"), ran.stderr

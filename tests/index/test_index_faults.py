@@ -156,6 +156,34 @@ def test_codes_that_cannot_be_saved_cost_nothing_but_time(tmp_path, monkeypatch)
         assert len(index.search(rows(1)).ids[0]) == 10
 
 
+def test_a_disk_that_fills_up_inside_a_file_of_codes_is_a_storage_error(tmp_path, monkeypatch):
+    """safetensors only makes the bytes and this package writes them, so that a refusal is always an OSError."""
+    before = make(tmp_path / "i")
+
+    def half(path, data):
+        with path.open("wb") as stream:
+            stream.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_files(*_):
+        raise AssertionError("safetensors must not write files here: its disk errors are not OSErrors")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", no_files)
+    with Index.open(tmp_path / "i") as index:
+        with monkeypatch.context() as patch:
+            patch.setattr("matryo.index.codes._write", half)
+            with pytest.raises(StorageError, match=r"writing .*: No space left on device; nothing .* is lost"):
+                index.compact()
+        assert dump(index) == before
+        assert list((tmp_path / "i" / "codes").iterdir()) == [], "neither a torn file nor a temporary one"
+        assert index.compact() == 0
+        assert index.check().ok
+        assert dump(index) == before
+    with Index.open(tmp_path / "i", read_only=True) as index:
+        assert {f"codes/{name}" for name in os.listdir(tmp_path / "i" / "codes")} <= set(index.check().files)
+        assert index.check().notes == ()
+
+
 def test_making_an_index_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         FailOnce(patch, "rename", 1, errno.ENOSPC)

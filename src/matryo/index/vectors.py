@@ -5,6 +5,7 @@ writer cuts them off. What a block must hash to stands in the catalogue, in the 
 """
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -72,14 +73,14 @@ class Vectors:
         expected = [(n, min(self.block_rows, end - n * self.block_rows)) for n in range(-(-end // self.block_rows))]
         if [(b.number, b.rows) for b in blocks] != expected:
             raise DamagedError(f"{path.parent / 'catalogue.sqlite'}: its list of vector blocks is damaged; {RECOVER}")
-        size = path.stat().st_size
-        if size < end * width * 4:
-            raise DamagedError(f"{path}: {size} bytes, but {end * width * 4} were committed; {RECOVER}")
-        self.array: Float32s = (
-            np.memmap(path, dtype="<f4", mode="r", shape=(end, width)).view(np.ndarray)
-            if end
-            else np.empty((0, width), np.float32)
-        )
+        self._bytes = end * width * 4
+        self._map: mmap.mmap | None = None
+        self.array: Float32s = np.empty((0, width), np.float32)
+        with path.open("rb") as file:
+            self._refuse_cut(os.fstat(file.fileno()).st_size)
+            if end:
+                self._map = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_READ)
+                self.array = np.frombuffer(self._map, "<f4").reshape(end, width)
         self.verified = np.zeros(len(blocks), dtype=bool)
         self.all_verified = not blocks
 
@@ -90,8 +91,22 @@ class Vectors:
             self.verified[:same] = older.verified[:same]
         return self
 
+    def still_whole(self) -> None:
+        """Raise DamagedError if the file was cut short since it was mapped.
+
+        Reading past the end of a mapped file ends the process (SIGBUS). Asking for the size takes under a microsecond,
+        so it is asked before every use; only a cut at the very moment of reading is left.
+        """
+        if self._map is not None:
+            self._refuse_cut(self._map.size())
+
+    def _refuse_cut(self, size: int) -> None:
+        if size < self._bytes:
+            raise DamagedError(f"{self.path}: {size} bytes, but {self._bytes} were committed; {RECOVER}")
+
     def ensure(self, rows: Rows) -> None:
         """Verify the blocks of these rows, or raise DamagedError."""
+        self.still_whole()
         if self.all_verified:
             return
         numbers = rows // self.block_rows
@@ -101,6 +116,7 @@ class Vectors:
 
     def ensure_all(self) -> None:
         """Verify every block not verified yet, or raise DamagedError."""
+        self.still_whole()
         for number in np.flatnonzero(~self.verified):
             self._verify(int(number))
         self.all_verified = True
