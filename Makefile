@@ -39,6 +39,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/evaluation/run.py --size smoke
 	$(BIN)/python benchmarks/cached/run.py --smoke
 	$(BIN)/python benchmarks/mining/run.py --smoke
+	$(BIN)/python benchmarks/startup/run.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
@@ -47,5 +48,6 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/evaluation/run.py
 	$(BIN)/python benchmarks/cached/run.py
 	$(BIN)/python benchmarks/mining/run.py
+	$(BIN)/python benchmarks/startup/run.py
 
 .PHONY: help setup demo test test-slow check docs bench bench-smoke

@@ -6,9 +6,15 @@ often enough to share whatever else the machine does, seldom enough that neither
 
     python benchmarks/funnel/run.py --items 200000 --width 768 --queries 300 --rounds 3
     python benchmarks/funnel/run.py --smoke
+
+On real vectors, those that a model gives the distinct texts of a table, with queries from another table that was held
+out (columns anchor, positive or text of both; only anchors or texts are asked):
+
+    python benchmarks/funnel/run.py --model runs/demo/nested --texts train.jsonl.gz --query-texts dev.jsonl.gz
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -26,6 +32,7 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 
 import matryo  # noqa: E402
+from matryo.core.records import rows as table_rows  # noqa: E402
 from matryo.index import Index  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -58,6 +65,31 @@ def given(path: Path, items: int, queries: int, seed: int) -> tuple[np.ndarray, 
     rows = np.asarray(whole[np.sort(order)], dtype=np.float32)[np.argsort(np.argsort(order))]
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows[:-queries], rows[-queries:]
+
+
+def encoded(model: str, texts: Path, asked: Path, items: int, queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows of distinct texts, in seeded order; texts that share a vector with one before are left out."""
+    encoder, rng = matryo.load(model).encoder, np.random.default_rng(seed)
+
+    def draw(path: Path, columns: tuple[str, ...], most: int, taken: set[bytes]) -> np.ndarray:
+        found = list({row[name]: None for _, row in table_rows(path) for name in columns if row.get(name)})
+        kept: list[np.ndarray] = []
+        order = rng.permutation(len(found))
+        for start in range(0, len(order), 8192):
+            if len(kept) >= most:
+                break
+            part = encoder.vectors([found[n] for n in order[start : start + 8192]], 64, False)
+            for row in part[(part != 0).any(axis=1)]:
+                key = hashlib.blake2b(row.tobytes(), digest_size=12).digest()
+                if key not in taken:
+                    taken.add(key)
+                    kept.append(row / np.linalg.norm(row))
+        print(f"{path.name}: {len(found)} distinct texts, {min(most, len(kept))} of them used")
+        return np.stack(kept[:most])
+
+    taken: set[bytes] = set()
+    base = draw(texts, ("anchor", "positive", "text"), items, taken)
+    return base, draw(asked, ("anchor", "text"), queries, taken)
 
 
 def plans_for(width: int) -> list[str]:
@@ -140,6 +172,13 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def source(args: argparse.Namespace) -> str:
+    """Where the vectors came from, for the row."""
+    if args.model:
+        return f"{args.model} of {args.texts.name}, asked with {args.query_texts.name}"
+    return args.vectors.name if args.vectors else f"synthetic, 2000 clusters, i^-{args.flatness}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200_000)
@@ -149,6 +188,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flatness", type=float, default=0.35, help="deviation of dimension i falls like i^-this")
     parser.add_argument("--vectors", type=Path, help="a .npy of real vectors instead of synthetic ones")
+    parser.add_argument("--model", help="a model that encodes --texts and --query-texts instead")
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--query-texts", type=Path)
     parser.add_argument("--plan", action="append", help="a plan to measure (repeatable); by default six")
     parser.add_argument("--smoke", action="store_true", help="a size that takes seconds, written nowhere by default")
     parser.add_argument("--out", type=Path, help="JSONL of raw rows; by default benchmarks/funnel/results/")
@@ -156,7 +198,11 @@ def main() -> None:
     if args.smoke:
         args.items, args.width, args.queries, args.rounds = 5000, 256, 20, 1
     faiss.omp_set_num_threads(1)
-    if args.vectors:
+    if len({args.model is None, args.texts is None, args.query_texts is None}) > 1:
+        parser.error("--model, --texts and --query-texts belong together")
+    if args.model:
+        base, queries = encoded(args.model, args.texts, args.query_texts, args.items, args.queries, args.seed)
+    elif args.vectors:
         base, queries = given(args.vectors, args.items, args.queries, args.seed)
     else:
         base, queries = synthetic(args.items, args.queries, args.width, args.seed, args.flatness)
@@ -171,7 +217,7 @@ def main() -> None:
         "queries": len(queries),
         "rounds": args.rounds,
         "seed": args.seed,
-        "vectors": args.vectors.name if args.vectors else f"synthetic, 2000 clusters, i^-{args.flatness}",
+        "vectors": source(args),
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
         "threads": 1,
         "python": platform.python_version(),
@@ -195,7 +241,9 @@ def main() -> None:
                 f"{plan:42} {total['funnel_ms']:9.3f} {total['funnel_p95_ms']:7.3f} {total['exact_ms']:9.2f} "
                 f"{total['ratio']:6.1f} {total['recall_at_10']:9.4f} {total['float_over_code']:8.1f}"
             )
-    out = args.out or (None if args.smoke else HERE / "results" / f"{len(base)}x{width}.jsonl")
+    out = args.out or (
+        None if args.smoke else HERE / "results" / f"{len(base)}x{width}{'-texts' if args.model else ''}.jsonl"
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
