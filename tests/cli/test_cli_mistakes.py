@@ -91,6 +91,13 @@ def test_train_options(mistake, pairs_file, tmp_path):
     mistake("train", pairs_file, "--out", model, "--resume", said="no checkpoint to resume from")
     mistake("train", tmp_path / "none.jsonl", "--out", model, said="no such file")
     mistake("train", "--out", model, said="pairs: Field required")
+    mistake("train", tmp_path, "--out", model, said=f"{tmp_path} is a folder; name a file in it")
+    for tau in ("0", "-1", "nan", "0.1,0"):
+        mistake(
+            "train", pairs_file, "--out", model, "--temperature", tau, said="temperature must be finite and above 0"
+        )
+    mistake("train", pairs_file, "--out", model, "--weights", "1,2", said="TrainConfig: weights need widths")
+    mistake("train", pairs_file, "--out", model, "--device", "toaster", said="device 'toaster' cannot be used")
     mistake("fly", said="No such command 'fly'")
     assert not model.exists()
 
@@ -189,6 +196,10 @@ def test_evaluation(mistake, dev_folder, tmp_path, pairs_file):
     mistake("eval", "toy", dev_folder, "--separate", "x=toy", said="--separate takes WIDTH=MODEL or train, got 'x=toy'")
     mistake("eval", "toy", dev_folder, "--separate", "train", said="toy does not say how it was trained")
     mistake("eval", "toy", dev_folder, "--twin", "train", said="toy does not say how it was trained")
+    # Said at once, not after minutes of measuring: the model named here does not even exist.
+    for option in ("--report", "--out"):
+        mistake("eval", "none/x/y", dev_folder, option, tmp_path / "no/r.html", said="its folder is not there; make it")
+    mistake("eval", "none/x/y", dev_folder, "--report", tmp_path / "r.pdf", said="saved as .html, .json or .txt")
     mistake("eval", "matryo-tests/none", dev_folder, said="cannot load model 'matryo-tests/none'")
     unjudged = shutil.copytree(dev_folder, tmp_path / "unjudged")
     (unjudged / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n")

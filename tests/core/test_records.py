@@ -212,6 +212,40 @@ def test_vectors_from_every_kind_of_file(tmp_path):
         read_vectors(tmp_path / "x.bin")
 
 
+def test_damaged_files_of_vectors_are_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    from safetensors.numpy import save_file
+
+    save_file({"only": np.ones((50, 4), np.float32)}, tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    np.save(tmp_path / "x.npy", np.ones((50, 4), np.float32))
+    for name, content in (
+        ("x.safetensors", whole[:-8]),
+        ("x.safetensors", b"\xff" * 100),
+        ("x.npy", (tmp_path / "x.npy").read_bytes()[:-8]),
+        ("x.npy", b""),
+        ("x.parquet", b"PAR1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="not a readable"):
+            read_vectors(tmp_path / name)
+    for column, values, said in (
+        ("other", [[1.0]], "line 1: no column 'vector'; it has 'other'"),
+        ("vector", [[1.0, 2.0], [1.0]], "line 2: 'vector' must be a list of as many numbers in every row, got 1 of"),
+        ("vector", [[1.0], None], "line 2: 'vector' must be a list .* got NoneType"),
+        ("vector", [[1.0, None]], "row 0 holds NaN|not a readable file of vectors"),
+        ("vector", [], "no rows"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({column: values}), tmp_path / "x.parquet")
+        with pytest.raises(InputError, match=said):
+            read_vectors(tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="is a folder; name a file in it"):
+        read_vectors(tmp_path)
+    with pytest.raises(InputError, match="is a folder; name a file in it"):
+        read_pairs(tmp_path)
+
+
 def test_bad_vectors_are_named():
     x = np.ones((3, 4))
     assert check_vectors(x).dtype == np.float32

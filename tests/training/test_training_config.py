@@ -32,6 +32,8 @@ def refused(work, said) -> None:
         ({"epochs": 0}, "epochs: .*got 0"),
         ({"batch_size": 1}, "batch_size: .*got 1"),
         ({"learning_rate": -1}, "learning_rate: .*got -1"),
+        ({"temperature": 0}, "temperature must be finite and above 0, got 0.0"),
+        ({"widths": [8, 32], "temperature": [0.1, float("nan")]}, "temperature must be finite and above 0"),
         ({"precision": "float8"}, "precision: .*'float32' or 'bfloat16'.*got 'float8'"),
         ({"metric": "accuracy"}, "unknown metric 'accuracy'; use one of nDCG@10"),
         ({"best": "first"}, "best"),
@@ -59,6 +61,11 @@ def test_file_that_is_no_mapping(tmp_path, text, said):
     refused(lambda: TrainConfig.from_yaml(tmp_path / "none.yaml"), "no such file")
 
 
+def test_yaml_that_is_not_utf_8(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe")
+    refused(lambda: TrainConfig.from_yaml(tmp_path / "run.yaml"), "run.yaml: not YAML")
+
+
 def test_arguments_win_over_the_file_field_by_field(tmp_path):
     content = {"pairs": "a.jsonl", "out": "b", "epochs": 3, "static": {"vocabulary": 700}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
@@ -84,6 +91,7 @@ def test_configuration_is_frozen(tmp_path):
         ({"dev": "nowhere.jsonl"}, "no such file: nowhere.jsonl"),
         ({"pairs": "nowhere.jsonl"}, "no such file: nowhere.jsonl"),
         ({"base": "./nowhere"}, "nowhere"),
+        ({"device": "toaster"}, "device 'toaster' cannot be used"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, options, said):

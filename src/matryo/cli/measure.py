@@ -65,7 +65,13 @@ def evaluate(
     from matryo.core.records import read_pairs
     from matryo.evaluation import evaluate as run
     from matryo.evaluation import read_task
+    from matryo.evaluation.report import check_kind
 
+    for path in (report, out):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: its folder is not there; make it first")
+    if report is not None:
+        check_kind(report)
     loaded, measured = load(model), read_task(task, split)
     twins, alone = _others(loaded, twin, separate or [], separate_out)
     result = run(

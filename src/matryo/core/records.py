@@ -76,8 +76,7 @@ class ScoredPairs:
 def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
     """(line number, row) of a JSONL, CSV, TSV or Parquet file, gzipped or not."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
+    _insist_on_file(path)
     kind = next((s for s in sorted(TABLES, key=len, reverse=True) if path.name.endswith(s)), None)
     if kind is None:
         raise InputError(f"{path}: unknown kind of file; use one of {', '.join(TABLES)}")
@@ -93,6 +92,11 @@ def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
                 yield from _csv_rows(path, stream, "\t" if ".tsv" in kind else ",")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a readable {kind} file in UTF-8 ({error})") from error
+
+
+def _insist_on_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is a folder; name a file in it" if path.is_dir() else f"no such file: {path}")
 
 
 def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
@@ -277,27 +281,49 @@ def read_sts(path: str | Path) -> ScoredPairs:
 def read_vectors(path: str | Path) -> NDArray[np.float32]:
     """(N, D) vectors from `.npy` (memory-mapped), `.safetensors` (its only tensor) or Parquet (column `vector`)."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
+    _insist_on_file(path)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         elif path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            tensors = load_file(path)
+            tensors = _safetensors(path)
             if len(tensors) != 1:
                 raise InputError(f"{path}: expected one tensor, it holds {sorted(tensors)}")
             array = next(iter(tensors.values()))
         elif path.suffix == ".parquet":
-            array = np.array([row["vector"] for _, row in rows(path)], dtype=np.float32)
+            array = _parquet_vectors(path)
         else:
             raise InputError(f"{path}: unknown kind of vectors; use .npy, .safetensors or .parquet")
-    except (ValueError, KeyError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, EOFError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a readable file of vectors ({error})") from error
     return check_vectors(array, str(path))
+
+
+def _safetensors(path: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable file of vectors ({error})") from error
+
+
+def _parquet_vectors(path: Path) -> NDArray[np.float32]:
+    found: list[NDArray[np.float32]] = []
+    for line, row in rows(path):
+        if "vector" not in row:
+            raise InputError(f"{path} line {line}: no column 'vector'; it has {', '.join(map(repr, row))}")
+        vector = row["vector"]
+        if not isinstance(vector, list) or (found and len(vector) != len(found[0])):
+            got = f"{len(vector)} of them" if isinstance(vector, list) else type(vector).__name__
+            raise InputError(f"{path} line {line}: 'vector' must be a list of as many numbers in every row, got {got}")
+        found.append(np.array(vector, dtype=np.float32))
+    if not found:
+        raise InputError(f"{path}: no rows")
+    return np.stack(found)
 
 
 def check_vectors(array: NDArray[Any], name: str = "vectors", width: int | None = None) -> NDArray[np.float32]:

@@ -28,6 +28,7 @@ class SentenceTransformerEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise MissingExtraError("sentence-transformers", "train", f"the model {name!r}") from error
+        check_device(device)
         try:
             with _no_bar_in_a_pipe():
                 model = SentenceTransformer(
@@ -49,6 +50,19 @@ class SentenceTransformerEncoder:
             list(texts), batch_size=batch_size, show_progress_bar=progress, convert_to_numpy=True, truncate_dim=None
         )
         return np.asarray(out, dtype=np.float32)
+
+
+def check_device(name: str | None) -> None:
+    """Raise an InputError unless torch can put a tensor there; None leaves the choice to torch."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"device {name!r} cannot be used: {reason}; give cpu, cuda or another that torch has here, or none"
+        ) from error
 
 
 @contextmanager

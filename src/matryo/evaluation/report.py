@@ -158,6 +158,7 @@ class Report:
     def save(self, path: str | Path, extra: Sequence[Section] = ()) -> Path:
         """Write `.html` (one file, `extra` sections last), `.json` (raw values too) or `.txt`; all or nothing."""
         path = Path(path)
+        check_kind(path)
         if path.suffix == ".html":
             with _extra("jinja2 and matplotlib", "the report page"):
                 from matryo.evaluation.page import as_html
@@ -165,10 +166,8 @@ class Report:
                 text = as_html(self, extra)
         elif path.suffix == ".json":
             text = self.to_json(per_query=True)
-        elif path.suffix == ".txt":
-            text = self.table()
         else:
-            raise InputError(f"{path}: a report is saved as .html, .json or .txt")
+            text = self.table()
         write_text(path, text + "\n")
         return path
 
@@ -185,6 +184,12 @@ class Report:
 
     def __repr__(self) -> str:
         return f"Report({self.model!r} on {self.task!r}: {len(self.rows)} rows, {self.metric})"
+
+
+def check_kind(path: Path) -> None:
+    """Raise unless a report can be saved under this name."""
+    if path.suffix not in (".html", ".json", ".txt"):
+        raise InputError(f"{path}: a report is saved as .html, .json or .txt")
 
 
 class _extra:  # noqa: N801 - reads as a keyword

@@ -1,5 +1,6 @@
 """What to train, checked at construction: a bad combination dies here, before any data is read."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ class _Checked(BaseModel):
             where = ".".join(str(part) for part in first["loc"]) or type(self).__name__
             allowed = f"; allowed: {', '.join(type(self).model_fields)}" if first["type"] == "extra_forbidden" else ""
             got = f", got {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
-            raise InputError(f"{where}: {first['msg']}{got}{allowed}") from error
+            raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{got}{allowed}") from error
 
 
 class StaticConfig(_Checked):
@@ -77,6 +78,9 @@ class TrainConfig(_Checked):
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
         Metric.parse(self.metric)
+        given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        if not all(value is None or 0 < value < math.inf for value in given):
+            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}; 0.05 is usual")
         if self.widths is not None:
             nesting = Nesting(self.widths, self.weights)
             if isinstance(self.best, int) and self.best not in nesting.widths:
@@ -96,8 +100,8 @@ class TrainConfig(_Checked):
         if not path.is_file():
             raise InputError(f"no such file: {path}")
         try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a mapping of {', '.join(cls.model_fields)}")

@@ -26,7 +26,7 @@ from matryo.core.records import Pairs, read_pairs
 from matryo.encoders import Model, load
 from matryo.encoders.folder import CARD, disk_errors, module_types, write_card
 from matryo.encoders.model import Card
-from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
+from matryo.encoders.sentence_transformer import SentenceTransformerEncoder, check_device
 from matryo.encoders.static import StaticEncoder
 from matryo.training.card import int8_scales, score_rows, versions, write_readme
 from matryo.training.config import TrainConfig
@@ -122,12 +122,14 @@ class _Run:
 
     def _model(self) -> SentenceTransformer:
         config = self.config
+        check_device(config.device)
         if config.base is None:
             static, before = config.static, checkpoints(self.work)
             if before:
                 # The rows of the table that goes on are numbered by the tokeniser saved with it.
                 static = static.model_copy(update={"tokenizer": before[-1] / "tokenizer.json"})
-            return new_static(static, self.pairs, config.seed)
+            # On the CPU unless told otherwise: its sparse steps are short.
+            return new_static(static, self.pairs, config.seed).to(config.device or "cpu")
         if Path(config.base).is_dir():
             module_types(Path(config.base))
         model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
