@@ -91,6 +91,8 @@ def test_train_options(mistake, pairs_file, tmp_path):
     mistake("train", pairs_file, "--out", model, "--resume", said="no checkpoint to resume from")
     mistake("train", tmp_path / "none.jsonl", "--out", model, said="no such file")
     mistake("train", "--out", model, said="pairs: Field required")
+    mistake("train", pairs_file, "--out", "/proc/nowhere", "--dim", 32, said="creating /proc/nowhere/checkpoints: ")
+    mistake("demo", "--out", pairs_file, said=f"{pairs_file} is a file; choose a folder")
     mistake("train", tmp_path, "--out", model, said=f"{tmp_path} is a folder; name a file in it")
     for tau in ("0", "-1", "nan", "0.1,0"):
         mistake(
@@ -137,6 +139,7 @@ def test_search(mistake, index, tmp_path):
     mistake("search", index, "mail", "--where", "{", said="--where is not JSON")
     mistake("search", index, "mail", "--where", "[1]", said="--where must be a JSON object")
     mistake("search", index, " ", said="inputs[0] is empty")
+    mistake("search", index, "mail", "\udcff", said="inputs[1] holds a lone surrogate")
     mistake("search", index, "mail", "-k", "0", said="0")
     mistake("search", tmp_path / "nowhere", "mail", said="holds no index")
     assert state(index) == before

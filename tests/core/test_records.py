@@ -271,3 +271,5 @@ def test_bad_texts_are_named():
     assert check_texts(["a", " \n"], "documents", blank=True) == ["a", " \n"]
     with pytest.raises(InputError, match=r"texts\[0\] must be text, got int"):
         check_texts([1])
+    with pytest.raises(InputError, match=r"texts\[1\] holds a lone surrogate"):
+        check_texts(["a", "b\udcff"])

@@ -319,3 +319,8 @@ def test_static_base_can_be_trained_on(config, trained):
     model = train(config(base=str(trained), max_steps=2))
     assert model.encoder.table.shape == mt.load(trained).encoder.table.shape
     assert not np.array_equal(model.encoder.table, mt.load(trained).encoder.table)
+
+
+def test_whoever_may_read_one_file_of_a_model_may_read_them_all(trained):
+    modes = {path.name: path.stat().st_mode for path in trained.iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes

@@ -148,7 +148,7 @@ def text_of(path: str | Path, line: int, row: Row, column: str) -> str:
         raise InputError(f"{path} line {line}: column {column!r} must be text, got {type(value).__name__}")
     if not value.strip():
         raise InputError(f"{path} line {line}: column {column!r} is empty; remove the row or fill it")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not _is_unicode(value):
         raise InputError(f"{path} line {line}: column {column!r} holds a lone surrogate, which is not valid text")
     return value
 
@@ -162,6 +162,15 @@ def document_of(path: str | Path, line: int, row: Row, column: str = "text") -> 
         return title
     text = text_of(path, line, row, column)
     return f"{title} {text}".strip() if title else text
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written down: JSON and command lines may hold lone surrogates, which are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_pairs(path: str | Path) -> Pairs:
@@ -349,4 +358,6 @@ def check_texts(texts: Sequence[object], what: str = "texts", blank: bool = Fals
             raise InputError(f"{what}[{n}] must be text, got {type(text).__name__}")
         if not blank and not text.strip():
             raise InputError(f"{what}[{n}] is empty; there is nothing to encode")
+        if not _is_unicode(text):
+            raise InputError(f"{what}[{n}] holds a lone surrogate, which is not valid text; decode its bytes as UTF-8")
     return list(texts)  # type: ignore[arg-type]

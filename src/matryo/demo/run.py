@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matryo.adapters import PCA
+from matryo.core.errors import InputError
+from matryo.core.files import storage_errors, write_text
 from matryo.core.plan import Plan
 from matryo.core.records import read_pairs, read_retrieval, rows
 from matryo.encoders import Model, load
@@ -45,7 +47,10 @@ def demo(out: Path, say: Say, report: "Callable[[str, Step], None] | None" = Non
         The page that was written.
     """
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose a folder")
+    with storage_errors(f"creating {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     nested = _trained(out / "nested", WIDTHS, seed, say, report)
     twin = _trained(out / "twin", WIDTHS[-1:], seed, say, report)
     say("measuring every width and code on the test split, against baselines ...")
@@ -58,7 +63,7 @@ def demo(out: Path, say: Say, report: "Callable[[str, Step], None] | None" = Non
         answers = _side_by_side(index, nested)
         say(_plain(answers))
     page = found.save(out / "report.html", extra=[paired, answers])
-    (out / "report.json").write_text(found.to_json(per_query=True) + "\n")
+    write_text(out / "report.json", found.to_json(per_query=True) + "\n")
     say(f"wrote {page} after {time.perf_counter() - started:.0f} s")
     return page
 

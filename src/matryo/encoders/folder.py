@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from matryo.core.errors import DamagedError, FormatError, InputError
 from matryo.core.files import digest, storage_errors, write_atomically, write_text
@@ -44,8 +44,8 @@ def write_card(folder: Path, card: Card) -> None:
     """Write `matryo.json` (last, so that its presence means a whole card) and the int8 scales into a model folder."""
     if card.int8_scales:
         scales = {f"int8/{width}": np.ascontiguousarray(scale) for width, scale in card.int8_scales.items()}
-        with disk_errors(f"writing {folder / SCALES}"):
-            write_atomically(folder / SCALES, lambda path: save_file(scales, path))
+        # Not by safetensors itself, whose files only their owner may read.
+        write_atomically(folder / SCALES, lambda path: _write(path, save(scales)))
     content = {
         "format": FORMAT,
         "name": card.name,
@@ -56,6 +56,10 @@ def write_card(folder: Path, card: Card) -> None:
         "training": card.training,
     }
     write_text(folder / CARD, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def read_card(folder: Path) -> Card:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from matryo.core.errors import DamagedError, InputError
-from matryo.core.files import digest, write_text
+from matryo.core.files import digest, storage_errors, write_text
 from matryo.core.prefix import Nesting
 from matryo.core.records import Pairs, read_pairs
 from matryo.encoders import Model, load
@@ -162,7 +162,8 @@ class _Run:
                 changed = [k for k, v in self.identity["config"].items() if before["config"].get(k) != v] or ["pairs"]
                 raise InputError(f"cannot resume {self.config.out}: {', '.join(changed)} changed since it was started")
             return
-        self.work.mkdir(parents=True, exist_ok=True)
+        with storage_errors(f"creating {self.work}"):
+            self.work.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
 
     def fit(self, report: Callable[[Step], None] | None, stop: threading.Event) -> None:
@@ -259,6 +260,9 @@ class _Run:
         encode = self._encode(self.model)
         _declare_widths(self.model, self.nesting)
         self.model.save_pretrained(str(out), create_model_card=False)
+        for weights in out.rglob("*.safetensors"):
+            # safetensors lets only the owner read; a server is often someone else.
+            weights.chmod((out / "modules.json").stat().st_mode)
         card = Card(
             name=out.name,
             nesting=self.nesting,
