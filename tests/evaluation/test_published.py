@@ -39,4 +39,6 @@ def test_the_real_sets_read(shared):
     for name, split, queries, documents in (("scifact", "test", 300, 5183), ("nfcorpus", "test", 323, 3633)):
         got = read_retrieval(shared / "data/text/retrieval" / name, split)
         assert (len(got.queries), len(got.documents)) == (queries, documents)
+    cranfield = read_retrieval(shared / "data/text/retrieval/cranfield")
+    assert (len(cranfield.queries), len(cranfield.documents), len(cranfield.texts)) == (225, 1400, 1398)
     assert len(read_sts(shared / "data/text/sts/stsb_test.jsonl.gz").scores) == 1379
