@@ -13,6 +13,11 @@ NESTING = mt.Nesting([2, 5, 12], [1.0, 0.5, 2.0])
 ONE = mt.Nesting([2, 4])
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(11)
+
+
 def cosines(a, b, widths):
     return torch.stack([(normalize(a[..., :d], dim=-1) * normalize(b[..., :d], dim=-1)).sum(-1) for d in widths])
 

@@ -11,6 +11,11 @@ BOTH = [(nested_cosent, CoSENTLoss), (nested_angle, AnglELoss)]
 ONE = mt.Nesting([2, 4])
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(11)
+
+
 @pytest.fixture
 def pairs():
     make = torch.Generator().manual_seed(7)

@@ -17,6 +17,11 @@ METRICS = ["cosine", "euclidean"]
 ONE = mt.Nesting([2, 4])
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(11)
+
+
 @pytest.fixture
 def rows():
     return torch.randn(3, 40, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
