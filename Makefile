@@ -34,6 +34,7 @@ docs: setup ## write the generated command line pages again
 
 bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/loss/run.py --smoke
+	$(BIN)/python benchmarks/head/run.py --smoke
 	$(BIN)/python benchmarks/train_static/run.py --smoke
 	$(BIN)/python benchmarks/funnel/run.py --smoke
 	$(BIN)/python benchmarks/evaluation/run.py --size smoke
@@ -43,6 +44,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
+	$(BIN)/python benchmarks/head/run.py
 	$(BIN)/python benchmarks/train_static/run.py
 	$(BIN)/python benchmarks/funnel/run.py
 	$(BIN)/python benchmarks/evaluation/run.py
