@@ -41,6 +41,8 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/cached/run.py --smoke
 	$(BIN)/python benchmarks/mining/run.py --smoke
 	$(BIN)/python benchmarks/startup/run.py --smoke
+	$(BIN)/python benchmarks/minilm/step.py --smoke
+	$(BIN)/python benchmarks/quantised/run.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
@@ -51,5 +53,6 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/cached/run.py
 	$(BIN)/python benchmarks/mining/run.py
 	$(BIN)/python benchmarks/startup/run.py
+	$(BIN)/python benchmarks/minilm/step.py
 
 .PHONY: help setup demo test test-slow check docs bench bench-smoke
