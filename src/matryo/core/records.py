@@ -1,4 +1,4 @@
-"""Reading data: pairs, retrieval sets (BEIR layout), scored sentence pairs (STS), vectors. Never pickle.
+"""Reading data: pairs, retrieval sets (BEIR layout), scored pairs (STS), labelled texts, vectors. Never pickle.
 
 A malformed row is an InputError that names file and line. Nothing is returned unless the whole file is good.
 """
@@ -71,6 +71,17 @@ class ScoredPairs:
     first: list[str]
     second: list[str]
     scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts and the class of each."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
 
 def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
@@ -269,22 +280,44 @@ def _texts(path: Path, titled: bool) -> dict[str, str]:
 
 
 def read_sts(path: str | Path) -> ScoredPairs:
-    """Scored pairs from columns `sentence1, sentence2, score`."""
+    """Scored pairs from columns `sentence1, sentence2, score`, or `anchor, positive, score`."""
     path = Path(path)
     first: list[str] = []
     second: list[str] = []
     scores: list[float] = []
+    names: tuple[str, str] | None = None
     for line, row in rows(path):
-        first.append(text_of(path, line, row, "sentence1"))
-        second.append(text_of(path, line, row, "sentence2"))
+        if names is None:
+            names = ("anchor", "positive") if "anchor" in row and "sentence1" not in row else ("sentence1", "sentence2")
+        first.append(text_of(path, line, row, names[0]))
+        second.append(text_of(path, line, row, names[1]))
         try:
             scores.append(float(row["score"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} line {line}: 'score' must be a number, got {row.get('score')!r}") from error
+        if not np.isfinite(scores[-1]):
+            raise InputError(f"{path} line {line}: 'score' must be finite, got {row['score']!r}")
     values = np.array(scores)
-    if len(values) < 2 or not np.isfinite(values).all() or values.min() == values.max():
+    if len(values) < 2 or values.min() == values.max():
         raise InputError(f"{path}: needs at least two pairs with finite, differing scores")
     return ScoredPairs(path.name.split(".")[0], first, second, values)
+
+
+def read_labelled(path: str | Path) -> Labelled:
+    """Labelled texts from columns `text, label`; a label is text or a whole number, and is kept as text."""
+    texts: list[str] = []
+    labels: list[str] = []
+    for line, row in rows(path):
+        texts.append(text_of(path, line, row, "text"))
+        label = row.get("label")
+        if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
+            missing = label is None or not str(label).strip()
+            said = "is missing" if missing else f"must be text or a whole number, got {label!r}"
+            raise InputError(f"{path} line {line}: column 'label' {said}; name the row's class or remove the row")
+        labels.append(str(label))
+    if len(set(labels)) < 2:
+        raise InputError(f"{path}: needs rows of at least two classes in columns text and label, got {sorted(set(labels))}")
+    return Labelled(texts, labels)
 
 
 def read_vectors(path: str | Path) -> NDArray[np.float32]:
