@@ -40,7 +40,7 @@ def test_row_sparse_bag_equals_embedding_bag(texts, seed):
 
 def test_a_step_changes_the_touched_rows_only(debian_rows):
     pairs = Pairs([row["anchor"] for row in debian_rows], [row["positive"] for row in debian_rows])
-    model = new_static(StaticConfig(width=8, vocabulary=500), pairs, seed=0)
+    model = new_static(StaticConfig(width=8, vocabulary=500), [*pairs.anchors, *pairs.positives], seed=0)
     make_row_sparse(model)
     before = model[0].embedding.weight.detach().clone()
     features = model.preprocess(["mail server", "puzzle"])
@@ -58,7 +58,7 @@ def test_a_step_changes_the_touched_rows_only(debian_rows):
 @given(st.lists(st.integers(0, len(TEXTS) - 1), max_size=12))
 def test_token_bags_take_the_texts_asked_for(rows):
     tokenizer = train_tokenizer(TEXTS * 3, 100)
-    taken, offsets = TokenBags(tokenizer, TEXTS, "texts").take(np.array(rows, np.int64))
+    taken, offsets = TokenBags(tokenizer, TEXTS).take(np.array(rows, np.int64))
     expected = [tokenizer.encode(TEXTS[row], add_special_tokens=False).ids for row in rows]
     assert taken.tolist() == [token for ids in expected for token in ids]
     assert offsets.tolist() == np.cumsum([0, *(len(ids) for ids in expected)])[:-1].tolist()
@@ -94,7 +94,7 @@ def given_vectors(folder, pairs_file, rows=None):
 
 def test_starts_from_given_vectors(pairs_file, tmp_path, config):
     static, table = given_vectors(tmp_path, pairs_file)
-    model = new_static(static, read_pairs(pairs_file), seed=0)
+    model = new_static(static, [*read_pairs(pairs_file).anchors, *read_pairs(pairs_file).positives], seed=0)
     assert np.array_equal(model[0].embedding.weight.detach().numpy(), table)
     trained = train(config(static=static, widths=(6, 24), max_steps=2))
     assert trained.width == 24
@@ -116,7 +116,7 @@ def test_given_vectors_must_fit_their_tokenizer(pairs_file, tmp_path, config):
 
 def test_rare_words_start_longer_than_frequent_ones():
     pairs = Pairs(["common one", "common two", "common three"], ["common rare", "common four", "common five"])
-    model = new_static(StaticConfig(width=64, vocabulary=100), pairs, seed=0)
+    model = new_static(StaticConfig(width=64, vocabulary=100), [*pairs.anchors, *pairs.positives], seed=0)
     tokenizer: Tokenizer = model[0].tokenizer
     length = model[0].embedding.weight.detach().norm(dim=1)
     assert length[tokenizer.token_to_id("common")] < 0.1 * length[tokenizer.token_to_id("rare")]

@@ -9,7 +9,9 @@ try:
 except ImportError as error:
     raise MissingExtraError(error.name or "sentence-transformers", "train", "training") from error
 
-from matryo.training.config import StaticConfig, TrainConfig
-from matryo.training.run import Step, train
+from matryo.training.config import DataConfig, LoraConfig, StaticConfig, TrainConfig
+from matryo.training.heads import load_head
+from matryo.training.progress import Step
+from matryo.training.run import train
 
-__all__ = ["StaticConfig", "Step", "TrainConfig", "train"]
+__all__ = ["DataConfig", "LoraConfig", "StaticConfig", "Step", "TrainConfig", "load_head", "train"]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from matryo.core.errors import InputError
 from matryo.core.metrics import Metric
 from matryo.core.prefix import Nesting
+from matryo.training.objectives import check_arguments, recipe
 
 
 class _Checked(BaseModel):
@@ -43,20 +44,67 @@ class StaticConfig(_Checked):
         return self
 
 
+class DataConfig(_Checked):
+    """One data set of a run, and the loss it is trained with."""
+
+    path: Path = Field(description="Parquet, JSONL(.gz), CSV or TSV with the columns that the loss needs.")
+    loss: str = Field("info_nce", description="Name of the loss.")
+    loss_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the loss.")
+    weight: float = Field(1.0, gt=0, description="What the loss is multiplied by.")
+    name: str | None = Field(None, pattern=r"^\w+$", description="Its name in logs; the file's name if unset.")
+
+    @model_validator(mode="after")
+    def _loss_exists(self) -> "DataConfig":
+        check_arguments(self.loss, self.loss_args)
+        return self
+
+
+class LoraConfig(_Checked):
+    """Low-rank adapters (arXiv 2106.09685) trained in place of the whole encoder, and merged into it at the end."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
+        None, description="Names of the layers to adapt; peft's choice for the architecture if unset."
+    )
+
+
 class TrainConfig(_Checked):
     """One training run. Every field has a command line option of the same name; `from_yaml` reads a file of them."""
 
-    pairs: Path = Field(description="Parquet, JSONL(.gz), CSV or TSV with anchor, positive[, negative...][, group].")
+    pairs: Path | None = Field(
+        None, description="Parquet, JSONL(.gz), CSV or TSV with the columns that the loss needs, such as anchor, positive."
+    )
     out: Path = Field(description="Model folder to write; checkpoints lie inside it until the run ends.")
     base: str | None = Field(None, description="Model folder or hub name to start from; a new static encoder if unset.")
     static: StaticConfig = Field(default_factory=StaticConfig)
     widths: tuple[int, ...] | None = Field(None, description="Widths to train; D/32 doubling to D if unset.")
     weights: tuple[float, ...] | None = Field(None, description="One weight per width; all 1 if unset.")
-    temperature: float | tuple[float, ...] | None = Field(None, description="One, or one per width.")
-    symmetric: bool = Field(False, description="Also contrast candidates against anchors.")
+    loss: str = Field("info_nce", description="Name of the loss.")
+    loss_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the loss.")
+    temperature: float | tuple[float, ...] | None = Field(
+        None, description="Short for the loss argument of that name: one, or one per width."
+    )
+    symmetric: bool = Field(False, description="Short for the loss argument: also contrast candidates with anchors.")
+    data: tuple[DataConfig, ...] = Field((), description="Several data sets, each with its loss, in place of pairs.")
+    mixing: Literal["proportional", "round_robin"] = Field(
+        "proportional", description="Every row of every data set once an epoch, or as many batches of each."
+    )
+    no_duplicates: bool = Field(False, description="No text twice in a batch, where others are negatives.")
     epochs: int = Field(5, ge=1)
-    batch_size: int = Field(1024, ge=2, description="Pairs a step; every other pair of the batch is a negative.")
+    batch_size: int = Field(1024, ge=2, description="Rows a step, of all processes together; others are negatives.")
+    mini_batch_size: int | None = Field(
+        None, ge=1, description="Embed so many rows at a time and keep no more activations; exact (GradCache)."
+    )
+    sample_widths: int | None = Field(
+        None, ge=1, description="Train so many widths a step, drawn anew, the full one among them; all if unset."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Peak rate of what a loss learns beside the model; between 0.001 and 0.01 if unset."
+    )
     warmup: float = Field(
         0.1, ge=0, lt=1, description="Share of all steps in which the rate rises; then it falls to 0."
     )
@@ -68,6 +116,9 @@ class TrainConfig(_Checked):
     best: int | Literal["mean", "last"] = Field(
         "mean", description="Keep the checkpoint best at this width, by the mean of all, or the last."
     )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many measurements without a better one at `best`."
+    )
     save_steps: int | None = Field(
         None, ge=1, description="Checkpoint and measure every so many steps; once an epoch if unset."
     )
@@ -75,12 +126,22 @@ class TrainConfig(_Checked):
     device: str | None = Field(None, description="cpu, cuda, ...; torch's choice if unset.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps whatever the epochs.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "lora": {"r": values["lora"]}} if isinstance(values.get("lora"), int) else values
+
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
         Metric.parse(self.metric)
         given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
         if not all(value is None or 0 < value < math.inf for value in given):
             raise ValueError(f"temperature must be finite and above 0, got {self.temperature}; 0.05 is usual")
+        self._check_data()
+        if self.patience is not None and (self.dev is None or self.best == "last"):
+            raise ValueError("patience needs a dev set to measure on and a width, or 'mean', as best; give dev")
+        if self.lora is not None and self.base is None:
+            raise ValueError("lora adapts a transformer; name one as base")
         if self.widths is not None:
             nesting = Nesting(self.widths, self.weights)
             if isinstance(self.best, int) and self.best not in nesting.widths:
@@ -90,6 +151,32 @@ class TrainConfig(_Checked):
         if self.base is not None and self.static != StaticConfig():
             raise ValueError("static describes a new encoder, but base names an existing one; drop one of the two")
         return self
+
+    def _check_data(self) -> None:
+        if self.pairs is None and not self.data:
+            raise ValueError("pairs: Field required, or data for several files")
+        if self.pairs is not None and self.data:
+            raise ValueError("pairs is short for one data set; put its file into data and drop pairs")
+        if self.data and {"loss", "loss_args", "temperature", "symmetric"} & self.model_fields_set:
+            raise ValueError("with data, each data set names its own loss and loss_args; drop them at the top")
+        sets = self.sets()
+        for one in sets:
+            check_arguments(one.loss, one.loss_args)
+        contrastive = [one for one in sets if recipe(one.loss).rows == "pairs"]
+        if self.no_duplicates and not contrastive:
+            losses = ", ".join(dict.fromkeys(one.loss for one in sets))
+            raise ValueError(f"no_duplicates is for losses whose negatives are the rest of the batch, not {losses}")
+
+    def sets(self) -> tuple[DataConfig, ...]:
+        """The data sets; `pairs` and the options beside it are short for one."""
+        if self.pairs is None:
+            return self.data
+        short = {"temperature": self.temperature, "symmetric": self.symmetric or None}
+        given = {name: value for name, value in short.items() if value is not None}
+        twice = sorted(given.keys() & self.loss_args.keys())
+        if twice:
+            raise InputError(f"{twice[0]} is given twice: as an option and in loss_args; drop one of the two")
+        return (DataConfig(path=self.pairs, loss=self.loss, loss_args={**self.loss_args, **given}),)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "TrainConfig":
@@ -120,3 +207,7 @@ class TrainConfig(_Checked):
     def rate(self, static: bool) -> float:
         """Peak learning rate."""
         return self.learning_rate or (0.2 if static else 2e-5)
+
+    def head_rate(self, static: bool) -> float:
+        """Peak learning rate of heads and learned arguments: they start from nothing, unlike a model."""
+        return self.head_learning_rate or min(max(self.rate(static), 1e-3), 1e-2)

@@ -14,11 +14,12 @@ cache and not memory."""
 class RowAdam(torch.optim.Optimizer):
     """torch.optim.SparseAdam's update (Adam, arXiv 1412.6980, algorithm 1, moments of untouched rows left alone) for
     coalesced row-sparse gradients, at less than half its time: rows are gathered, updated and put back block by block,
-    where SparseAdam makes a sparse tensor of all touched rows for every intermediate result.
+    where SparseAdam makes a sparse tensor of all touched rows for every intermediate result. What has a dense gradient (a
+    head, a learned temperature) gets the same update as a whole.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
@@ -40,7 +41,14 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         (first, second), mean, square = group["betas"], state["exp_avg"], state["exp_avg_sq"]
         size = group["lr"] * (1 - second ** state["step"]) ** 0.5 / (1 - first ** state["step"])
-        gradient = weight.grad.coalesce()  # type: ignore[union-attr]
+        gradient = weight.grad
+        assert gradient is not None
+        if not gradient.is_sparse:
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            weight.add_(mean / square.sqrt().add_(group["eps"]), alpha=-size)
+            return
+        gradient = gradient.coalesce()
         blocks = zip(gradient.indices()[0].split(BLOCK), gradient.values().split(BLOCK), strict=True)
         for rows, values in blocks:
             m = mean[rows].lerp_(values, 1 - first)

@@ -4,7 +4,7 @@ The trained module is sentence-transformers' own StaticEmbedding, so the saved f
 is exchanged, for one whose gradient is sparse in rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from matryo.core.errors import InputError
-from matryo.core.records import Pairs, read_vectors
+from matryo.core.records import read_vectors
 from matryo.training.config import StaticConfig
 
 Ints = NDArray[np.int64]
@@ -82,42 +82,19 @@ def make_row_sparse(model: SentenceTransformer) -> None:
 class TokenBags:
     """Texts tokenised once: flat token ids and where each text starts."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], what: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: list[str]) -> None:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        lengths = np.fromiter((len(e.ids) for e in encodings), np.int64, len(encodings))
-        empty = np.flatnonzero(lengths == 0)
-        if len(empty):
-            raise InputError(
-                f"{what} of row {int(empty[0]) + 1} has no tokens ({texts[empty[0]][:40]!r}); remove the row"
-            )
-        self.ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, int(lengths.sum()))
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.lengths = np.fromiter((len(e.ids) for e in encodings), np.int64, len(encodings))
+        tokens = chain.from_iterable(e.ids for e in encodings)
+        self.ids = np.fromiter(tokens, np.int64, int(self.lengths.sum()))
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
 
     def take(self, rows: Ints) -> tuple[Ints, Ints]:
         """Flat ids and offsets of some texts."""
-        lengths = self.starts[rows + 1] - self.starts[rows]
+        lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         source = np.repeat(self.starts[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return self.ids[source], offsets[:-1]
-
-
-class BagCollator:
-    """Rows of a batch (their numbers) -> token ids and offsets of every column, from bags made once."""
-
-    valid_label_columns = ("label",)
-
-    def __init__(self, bags: dict[str, TokenBags]) -> None:
-        self.bags = bags
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = {}
-        for column, bag in self.bags.items():
-            ids, offsets = bag.take(np.fromiter((row[column] for row in features), np.int64, len(features)))
-            batch[f"{column}_input_ids"] = torch.from_numpy(ids)
-            batch[f"{column}_offsets"] = torch.from_numpy(offsets)
-        if "label" in features[0]:
-            batch["label"] = torch.tensor([row["label"] for row in features])
-        return batch
 
 
 def merge_bags(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -157,13 +134,12 @@ def _word_piece(model: models.WordPiece) -> Tokenizer:
     return tokenizer
 
 
-def new_static(config: StaticConfig, pairs: Pairs, seed: int) -> SentenceTransformer:
+def new_static(config: StaticConfig, texts: Sequence[str], seed: int) -> SentenceTransformer:
     """A static model to train: from given vectors, or random rows weighted by inverse document frequency.
 
     Random rows of equal length make the untrained model a random projection of word counts; weighting them by idf makes
     it one of tf-idf, which is where training should start from: rare words say what a text is about.
     """
-    texts = [*pairs.anchors, *pairs.positives]
     if config.tokenizer is None:
         tokenizer = train_tokenizer(texts, config.vocabulary)
     elif config.tokenizer.is_file():
@@ -186,7 +162,7 @@ def new_static(config: StaticConfig, pairs: Pairs, seed: int) -> SentenceTransfo
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=table)], device="cpu")
 
 
-def _inverse_document_frequency(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.float64]:
+def _inverse_document_frequency(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.float64]:
     """log((N + 1) / (documents with the token + 1)) of each token, scaled to mean 1."""
     documents = np.zeros(tokenizer.get_vocab_size())
     for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):

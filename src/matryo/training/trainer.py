@@ -1,16 +1,24 @@
-"""sentence-transformers' trainer with three things changed: the nested loss logs every width, checkpoints appear
-whole or not at all, and training state is safetensors and JSON instead of pickles."""
+"""sentence-transformers' trainer with four things changed: the nested losses log every width, checkpoints appear whole or
+not at all, training state is safetensors and JSON instead of pickles, and processes average all gradients at once."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from matryo.core.files import fsync_file, fsync_folder
+from matryo.core.prefix import Nesting
 from matryo.encoders.folder import disk_errors
+from matryo.training import processes
+from matryo.training.data import batches_by_label, batches_without_duplicates
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
 STAGING = ".unfinished"
@@ -26,17 +34,75 @@ class NestedTrainer(SentenceTransformerTrainer):
     optimizer: Any
     lr_scheduler: Any
 
+    def __init__(self, *, no_duplicates: bool = False, **options: Any) -> None:
+        """Take the options of the trainer underneath, and whether a batch may hold a text twice."""
+        self.no_duplicates = no_duplicates
+        self.tallies: dict[str | None, Tensor] = {}
+        super().__init__(**options)
+        self.add_callback(_Epochs(self))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The nested loss; the loss of each width goes to the log."""
+        name = inputs.pop("dataset_name", None)
         features, labels = self.collect_features(inputs)
-        if model is self.model_wrapped and self.loss.model is not model:
+        # Under DDP the bare model is called: see matryo.training.processes.
+        wrapped = model is self.model_wrapped and not isinstance(model, DistributedDataParallel)
+        if wrapped and self.loss.model is not model:
             self.loss = self.override_model_in_loss(self.loss, model)  # type: ignore[arg-type]
-        loss, widths = self.loss(features, labels)
-        named = zip(self.loss.nesting.widths, widths, strict=True)
-        self.track_loss_components({f"loss@{width}": value for width, value in named})
+        loss, values, nesting = self.loss(features, labels, name, self.state.global_step)
+        self._count(name, values, nesting)
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward, and with several processes the mean of their gradients."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if processes.count() > 1:
+            processes.average_gradients(self.loss.parameters())
+        return loss
+
+    def _count(self, name: str | None, values: Tensor, nesting: Nesting) -> None:
+        """Add the losses of a step to what the next line of the log is made of: (2, L) sums and steps."""
+        every = self.loss.nesting.widths
+        if not self.tallies:
+            names = list(self.loss.parts) if len(self.loss.parts) > 1 else [None]
+            self.tallies = {each: values.new_zeros(2, len(every)) for each in names}
+        places = [every.index(width) for width in nesting.widths]
+        self.tallies[name][0, places] += values
+        self.tallies[name][1, places] += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the mean loss at each width, of each data set, beside the whole loss."""
+        if "loss" in logs and self.tallies:
+            logs = dict(logs)
+            sums = processes.total(torch.stack(list(self.tallies.values()))).tolist()
+            for name, (values, steps) in zip(self.tallies, sums, strict=True):
+                for width, value, count in zip(self.loss.nesting.widths, values, steps, strict=True):
+                    if count:
+                        logs[f"{name}/loss@{width}" if name else f"loss@{width}"] = value / count
+            self.tallies = {}
+        super().log(logs, start_time)
+
+    def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
+        """Every batch of several data sets says which one it is from."""
+        return isinstance(dataset, DatasetDict)
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        """Batches without duplicates, or with several rows of a class, where the data set's loss asks for it."""
+        several = isinstance(self.train_dataset, DatasetDict)
+        name = next(n for n, d in self.train_dataset.items() if d is dataset) if several else next(iter(self.loss.parts))
+        wanted = self.loss.parts[name].recipe
+        if wanted.by_label:
+            return batches_by_label(dataset, *args, **options)
+        if self.no_duplicates and wanted.rows == "pairs":
+            return batches_without_duplicates(dataset, *args, **options)
+        return super().get_batch_sampler(dataset, *args, **options)
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        self.batches: Any = loader.batch_sampler
+        return loader
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Our own card is written at the end; theirs would sample and tokenise the data first."""
@@ -51,30 +117,44 @@ class NestedTrainer(SentenceTransformerTrainer):
         return str(self.staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint aside, make it durable, then give it its name; keep the two newest and the best."""
+        """Write the checkpoint aside, make it durable, then give it its name; keep the two newest and the best.
+
+        Every process writes its random state; all else, and the renaming, is the first one's.
+        """
         folder = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.staging = folder / STAGING
+        main = processes.is_main()
         try:
             with disk_errors(f"saving {folder / name}"):
-                shutil.rmtree(self.staging, ignore_errors=True)
-                self.staging.mkdir(parents=True)
+                if main:
+                    shutil.rmtree(self.staging, ignore_errors=True)
+                    self.staging.mkdir(parents=True)
+                processes.wait()
                 super()._save_checkpoint(model, trial)
                 if self.state.best_global_step:
                     best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
                     self.state.best_model_checkpoint = str(best)
-                    self.state.save_to_json(str(self.staging / name / "trainer_state.json"))
-                for path in (p for p in (self.staging / name).rglob("*") if p.is_file()):
-                    fsync_file(path)
-                shutil.rmtree(folder / name, ignore_errors=True)
-                os.replace(self.staging / name, folder / name)
-                fsync_folder(folder)
+                processes.wait()
+                if main:
+                    self._publish(self.staging / name, folder / name)
         finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            if main:
+                shutil.rmtree(self.staging, ignore_errors=True)
             self.staging = None
-        for old in checkpoints(folder)[:-KEPT]:
+        processes.wait()
+        for old in checkpoints(folder)[:-KEPT] if main else []:
             if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old)
+
+    def _publish(self, staged: Path, folder: Path) -> None:
+        """Make a written checkpoint durable and visible."""
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        for path in (p for p in staged.rglob("*") if p.is_file()):
+            fsync_file(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staged, folder)
+        fsync_folder(folder.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -82,7 +162,14 @@ class NestedTrainer(SentenceTransformerTrainer):
         own = {key: value for key, value in self.loss.state_dict().items() if not key.startswith("model.")}
         save_state(folder, "objective", own)
 
+    def restore(self, checkpoint: str) -> None:
+        """Put the weights of a checkpoint, and what its losses had learned, back into the model."""
+        self._load_from_checkpoint(checkpoint)
+        self.loss.load_state_dict(load_state(Path(checkpoint), "objective"), strict=False)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir)
         save_state(folder, "optimizer", self.optimizer.state_dict())
         save_state(folder, "scheduler", self.lr_scheduler.state_dict())
@@ -102,6 +189,18 @@ class NestedTrainer(SentenceTransformerTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             set_random_state(load_state(Path(checkpoint), f"random_{self.args.process_index}"))
+
+
+class _Epochs(TrainerCallback):
+    """Tells the batch samplers which epoch it is. On a resumed run of several processes the trainer underneath does not
+    reach them through the wrappers that skip and share out batches."""
+
+    def __init__(self, trainer: NestedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if hasattr(self.trainer.batches, "set_epoch"):
+            self.trainer.batches.set_epoch(int(state.epoch or 0))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,195 @@
+"""The data sets of a run: files read into columns of texts and what stands beside them, and batches made of them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+from sentence_transformers.base.sampler import DefaultBatchSampler, GroupByLabelBatchSampler, NoDuplicatesBatchSampler
+from torch import Tensor
+
+from matryo.core.errors import InputError
+from matryo.core.files import digest
+from matryo.core.records import read_labelled, read_pairs, read_sts
+from matryo.training.config import DataConfig
+from matryo.training.objectives import Recipe, recipe
+from matryo.training.static import TokenBags
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One data set, read and checked."""
+
+    name: str
+    config: DataConfig
+    columns: dict[str, list[str]]
+    labels: NDArray[Any] | None = None
+    """(N,) numbers of groups or classes, or scores."""
+    classes: list[str] = field(default_factory=list)
+    """What the numbers of classes stand for."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its loss."""
+        return recipe(self.config.loss)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that tell what language this is: anchors and positives, both sentences, or the labelled texts."""
+        return [text for column in list(self.columns.values())[:2] for text in column]
+
+    @property
+    def documents(self) -> list[str]:
+        """The texts that would be indexed: positives, second sentences, or the labelled texts."""
+        return list(self.columns.values())[:2][-1]
+
+    def record(self) -> dict[str, Any]:
+        """What identifies it: a resumed run must find it unchanged."""
+        return {"rows": len(self), "blake2b": digest(self.config.path)}
+
+
+def read_sets(configs: Sequence[DataConfig]) -> list[Rows]:
+    """Every data set, each under a name of its own."""
+    found: list[Rows] = []
+    for config in configs:
+        taken = {rows.name for rows in found}
+        if config.name in taken:
+            raise InputError(f"two data sets are named {config.name!r}; give each a name of its own")
+        stem = config.name or re.sub(r"\W+", "_", config.path.name.split(".")[0]) or "data"
+        name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 99))) if name not in taken)
+        found.append(_read(name, config))
+    return found
+
+
+def _read(name: str, config: DataConfig) -> Rows:
+    path, kind = config.path, recipe(config.loss).rows
+    if kind == "labelled":
+        labelled = read_labelled(path)
+        classes = sorted(set(labelled.labels), key=_class_order)
+        number = {label: n for n, label in enumerate(classes)}
+        labels = np.array([number[label] for label in labelled.labels])
+        rows = Rows(name, config, {"text": labelled.texts}, labels, classes)
+    elif kind == "scored":
+        scored = read_sts(path)
+        rows = Rows(name, config, {"first": scored.first, "second": scored.second}, scored.scores)
+    else:
+        pairs = read_pairs(path)
+        columns = {"anchor": pairs.anchors, "positive": pairs.positives}
+        columns |= {f"negative_{n}": texts for n, texts in enumerate(pairs.negatives, start=1)}
+        if kind == "triplets" and len(columns) != 3:
+            raise InputError(
+                f"{path}: loss {config.loss!r} takes exactly one negative a row, got {len(columns) - 2}; "
+                "it needs the columns anchor, positive, negative"
+            )
+        groups = np.unique(pairs.groups, return_inverse=True)[1] if pairs.groups and kind == "pairs" else None
+        rows = Rows(name, config, columns, groups)
+    if len(rows) < 2:
+        what = "contrastive training needs at least 2 pairs" if kind == "pairs" else "training needs at least 2 rows"
+        raise InputError(f"{path}: {what}, got {len(rows)}")
+    return rows
+
+
+def _class_order(label: str) -> tuple[int, str]:
+    return (int(label), "") if re.fullmatch(r"-?\d+", label) else (1 << 62, label)
+
+
+def text_datasets(sets: Sequence[Rows]) -> Dataset | DatasetDict:
+    """The data sets as the trainer underneath takes them: columns of texts, `label` beside them."""
+    return _as_one({rows.name: Dataset.from_dict(rows.columns | _label(rows)) for rows in sets})
+
+
+def token_datasets(sets: Sequence[Rows], tokenizer: Any) -> tuple[Dataset | DatasetDict, "BagCollator"]:
+    """Columns of numbers that stand for texts (equal texts, equal numbers), and a collator that knows their tokens."""
+    distinct = dict.fromkeys(text for rows in sets for column in rows.columns.values() for text in column)
+    number = {text: n for n, text in enumerate(distinct)}
+    bags = TokenBags(tokenizer, list(distinct))
+    made = {}
+    for rows in sets:
+        columns = {name: np.array([number[text] for text in texts]) for name, texts in rows.columns.items()}
+        for name, numbers in columns.items():
+            empty = np.flatnonzero(bags.lengths[numbers] == 0)
+            if len(empty):
+                text = rows.columns[name][int(empty[0])]
+                where = f"{rows.config.path}: {name} of row {int(empty[0]) + 1}"
+                raise InputError(f"{where} has no tokens ({text[:40]!r}); remove the row")
+        made[rows.name] = Dataset.from_dict(columns | _label(rows))
+    return _as_one(made), BagCollator(bags)
+
+
+def _label(rows: Rows) -> dict[str, Any]:
+    return {} if rows.labels is None else {"label": rows.labels}
+
+
+def _as_one(datasets: dict[str, Dataset]) -> Dataset | DatasetDict:
+    return next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(datasets)
+
+
+class BagCollator:
+    """Rows of a batch (numbers of texts) -> token ids and offsets of every column, from bags made once."""
+
+    valid_label_columns = ("label",)
+
+    def __init__(self, bags: TokenBags) -> None:
+        self.bags = bags
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Tensor | str] = {}
+        for column in features[0]:
+            if column == "dataset_name":
+                batch[column] = features[0][column]
+            elif column == "label":
+                batch[column] = torch.tensor([row[column] for row in features])
+            else:
+                ids, offsets = self.bags.take(np.fromiter((row[column] for row in features), np.int64, len(features)))
+                batch[f"{column}_input_ids"] = torch.from_numpy(ids)
+                batch[f"{column}_offsets"] = torch.from_numpy(offsets)
+        return batch
+
+
+class _Values:
+    """Columns of a data set, row by row from memory."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        plain = dataset.with_format(None)
+        self.columns = {name: plain[name][:] for name in plain.column_names if name != "label"}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: values[row] for name, values in self.columns.items()}
+
+
+def batches_without_duplicates(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
+    """sentence-transformers' sampler that puts no text twice into a batch; groups and scores are not texts."""
+    return NoDuplicatesBatchSampler(_Values(dataset), **options)
+
+
+def batches_by_label(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
+    """sentence-transformers' sampler that puts at least two rows of each of its classes into a batch."""
+    try:
+        return GroupByLabelBatchSampler(dataset.with_format(None), **options)
+    except ValueError as error:
+        raise InputError(
+            f"a loss that compares rows of one class needs an even batch_size of at least 4, got "
+            f"{options['batch_size']}, and two classes of at least two rows ({error})"
+        ) from error
+
+
+def spread(sets: Sequence[Rows], most: int) -> list[str]:
+    """Documents at even distances through all data sets."""
+    documents = [text for rows in sets for text in rows.documents]
+    return documents[:: max(1, len(documents) // most)][:most]
+
+
+def batches(sets: Sequence[Rows], batch_size: int, mixing: str, drop_last: bool) -> int:
+    """How many batches an epoch has."""
+    each = [len(rows) // batch_size if drop_last else -(-len(rows) // batch_size) for rows in sets]
+    return min(each) * len(each) if mixing == "round_robin" else sum(each)

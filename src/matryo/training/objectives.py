@@ -1,0 +1,113 @@
+"""Losses by name: what rows each one needs, and which arguments it takes, read off its signature."""
+
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from matryo import losses
+from matryo.core.errors import InputError
+from matryo.core.prefix import Nesting
+
+Kind = Literal["pairs", "triplets", "labelled", "scored"]
+OWN = {"nesting", "per_width", "group", "ignore", "targets", "chunk", "capacity"}
+"""Arguments that the trainer gives a loss, or that change nothing but speed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A loss that the trainer knows by name."""
+
+    rows: Kind
+    function: str
+    """Its name in `matryo.losses`."""
+    other_rows: bool = True
+    """Whether a row's term depends on the other rows of the batch, so that processes have to gather theirs."""
+    by_label: bool = False
+    """Whether batches need several rows of each class."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Arguments beyond the function's own, and their types."""
+
+    @property
+    def call(self) -> Any:
+        """The function."""
+        return getattr(losses, self.function)
+
+    def arguments(self) -> dict[str, Any]:
+        """Argument -> its type, of everything a user may set."""
+        own = {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(self.call).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in OWN
+        }
+        learned = {"learn": tuple[str, ...]} if any(_takes_tensor(kind) for kind in own.values()) else {}
+        return {name: _without_tensors(kind) for name, kind in own.items()} | self.extra | learned
+
+    def learnable(self) -> list[str]:
+        """Arguments that may be tensors with a gradient."""
+        parameters = inspect.signature(self.call).parameters
+        return [name for name in self.arguments() if name in parameters and _takes_tensor(parameters[name].annotation)]
+
+
+_ALL = {
+    "info_nce": Recipe("pairs", "nested_info_nce"),
+    "sigmoid": Recipe("pairs", "nested_sigmoid"),
+    "triplet": Recipe("triplets", "nested_triplet", other_rows=False),
+    "cross_entropy": Recipe("labelled", "nested_cross_entropy", other_rows=False, extra={"tied": bool}),
+    "multi_similarity": Recipe("labelled", "nested_multi_similarity", by_label=True),
+    "supcon": Recipe("labelled", "nested_supcon", by_label=True),
+    "cosent": Recipe("scored", "nested_cosent"),
+    "angle": Recipe("scored", "nested_angle"),
+    "online_contrastive": Recipe("scored", "nested_online_contrastive"),
+}
+RECIPES: dict[str, Recipe] = {name: recipe for name, recipe in _ALL.items() if hasattr(losses, recipe.function)}
+"""Every loss by the name that `TrainConfig(loss=...)` and `--loss` take."""
+
+
+def recipe(name: str) -> Recipe:
+    """The loss of this name."""
+    if name not in RECIPES:
+        raise InputError(f"unknown loss {name!r}; use one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def check_arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with every value of its argument's type.
+
+    Raises:
+        InputError: an argument the loss does not take, or a value that is not of its type; says what is allowed.
+    """
+    allowed = recipe(name).arguments()
+    checked = {}
+    for key, value in given.items():
+        if key not in allowed:
+            raise InputError(f"loss {name!r} has no argument {key!r}; allowed: {', '.join(allowed) or 'none'}")
+        try:
+            kind: Any = TypeAdapter(allowed[key], config=ConfigDict(arbitrary_types_allowed=True))
+            checked[key] = kind.validate_python([value] if key == "learn" and isinstance(value, str) else value)
+        except ValidationError as error:
+            said = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in error.errors()))
+            raise InputError(f"loss {name!r}: {key} should be {said}, got {value!r}") from error
+    can = recipe(name).learnable()
+    for learned in checked.get("learn", ()):
+        if learned not in can:
+            raise InputError(f"loss {name!r} cannot learn {learned!r}; it can learn {', '.join(can)}")
+    return checked
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _takes_tensor(kind: Any) -> bool:
+    return Tensor in _members(kind)
+
+
+def _without_tensors(kind: Any) -> Any:
+    """The type without what a configuration file cannot hold: tensors; a nesting is given as its widths."""
+    kept = [tuple[int, ...] if member is Nesting else member for member in _members(kind) if member is not Tensor]
+    return Union[tuple(kept)]  # noqa: UP007 - the members are only known here

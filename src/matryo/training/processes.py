@@ -1,0 +1,115 @@
+"""Several processes that train one model: who writes, and one mean of all gradients a step.
+
+The trainer wraps the model in DDP, which starts every process with the same weights. Its own reduction is left alone:
+it begins while backward still runs, and so cannot know that a cached step replays the encoder, that a table's gradient
+is sparse in rows, or that a loss has parameters that no wrapper holds. Here everything is reduced when backward is done,
+the dense gradients of all parameters as one.
+"""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from matryo.core.errors import InputError
+
+
+def join(device: str | None) -> None:
+    """Meet the other processes that torchrun or accelerate started; nothing if this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def leave() -> None:
+    """Close the connections that `join` opened."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and reports."""
+    return count() == 1 or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any process."""
+    if count() == 1:
+        return flag
+    raised = torch.tensor(int(flag), device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the processes."""
+    if count() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def check_batch(batch_size: int) -> None:
+    """Raise unless a step's rows can be shared out evenly."""
+    if batch_size % count():
+        raise InputError(
+            f"batch_size {batch_size} counts the rows of all processes together and must be a multiple of their "
+            f"number, {count()}; try {max(1, batch_size // count()) * count()}"
+        )
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes.
+
+    A step leaves the same parameters without a gradient on every process, because all take the same data set and the
+    same widths. Dense gradients travel in one buffer per dtype. Row-sparse gradients, which NCCL cannot reduce, are
+    gathered as rows and added up in the order of the processes, so that all get the same bits.
+    """
+    dense: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = _mean_of_rows(parameter.grad)
+        else:
+            dense.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in dense.values():
+        whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(whole)
+        whole /= count()
+        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _mean_of_rows(gradient: Tensor) -> Tensor:
+    gradient = gradient.coalesce()
+    rows, values = gradient.indices()[0], gradient.values() / count()
+    sizes = [int(size) for size in _gathered(torch.tensor([len(rows)], device=rows.device))]
+    all_rows, all_values = (
+        torch.cat([part[:size] for part, size in zip(_gathered(_padded(x, max(sizes))), sizes, strict=True)])
+        for x in (rows, values)
+    )
+    return torch.sparse_coo_tensor(all_rows[None], all_values, gradient.shape).coalesce()
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
+
+
+def _gathered(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(count())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
