@@ -37,10 +37,11 @@ from matryo.core.ranking import ranks_at_widths
 from matryo.core.records import Pairs, Retrieval, read_pairs, read_retrieval
 from matryo.demo import DATA
 from matryo.encoders.static import StaticEncoder
-from matryo.training.config import StaticConfig
-from matryo.training.objective import NestedObjective
+from matryo.training.config import DataConfig, StaticConfig
+from matryo.training.data import Rows, token_datasets
+from matryo.training.objective import NestedObjective, Part
 from matryo.training.row_adam import RowAdam
-from matryo.training.static import BagCollator, TokenBags, make_row_sparse, new_static, train_tokenizer
+from matryo.training.static import make_row_sparse, new_static, train_tokenizer
 from matryo.training.trainer import NestedTrainer
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
@@ -77,15 +78,17 @@ def ours(pairs: Pairs, tokenizer: Any, table: np.ndarray, options: Any, rate: fl
     start = time.perf_counter()
     module = StaticEmbedding(tokenizer, embedding_weights=table.copy())
     model = SentenceTransformer(modules=[module], device="cpu")
-    bags = {"anchor": TokenBags(tokenizer, pairs.anchors, ""), "positive": TokenBags(tokenizer, pairs.positives, "")}
+    columns = {"anchor": pairs.anchors, "positive": pairs.positives}
+    dataset, collator = token_datasets([Rows("pairs", DataConfig(path="pairs"), columns)], tokenizer)
+    nesting = mt.Nesting(WIDTHS)
     make_row_sparse(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = NestedTrainer(
             model=model,
             args=arguments(folder, options, rate, len(pairs), 0.0),
-            train_dataset=Dataset.from_dict({name: range(len(pairs)) for name in bags}),
-            loss=NestedObjective(model, mt.Nesting(WIDTHS), 0.05, False),
-            data_collator=BagCollator(bags),
+            train_dataset=dataset,
+            loss=NestedObjective(model, nesting, {"pairs": Part("info_nce", {"temperature": 0.05}, nesting)}),
+            data_collator=collator,
             optimizers=(RowAdam(model.parameters(), lr=rate), None),
         )
         return finish(trainer, model[0].embedding.weight, start)
@@ -126,10 +129,11 @@ def main() -> None:
         pairs = Pairs(pairs.anchors[:600], pairs.positives[:600])
         options.batch, options.epochs, options.rounds, options.rates = 200, 1, 1, [0.2]
     dev, test = read_retrieval(DATA / "retrieval", "dev"), read_retrieval(DATA / "retrieval", "test")
-    tokenizer = train_tokenizer([*pairs.anchors, *pairs.positives], 15000)
+    texts = [*pairs.anchors, *pairs.positives]
+    tokenizer = train_tokenizer(texts, 15000)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
-        start = new_static(StaticConfig(width=512, tokenizer=Path(folder) / "tokenizer.json"), pairs, 0)
+        start = new_static(StaticConfig(width=512, tokenizer=Path(folder) / "tokenizer.json"), texts, 0)
     table = start[0].embedding.weight.detach().numpy().copy()
 
     best = {}

@@ -32,7 +32,8 @@ def scores(encode, dev_folder, widths=(8, 16, 32)) -> dict[int, float]:
 
 
 def test_training_improves_every_width(trained, pairs_file, dev_folder):
-    untrained = new_static(StaticConfig(width=32, vocabulary=500), [*read_pairs(pairs_file).anchors, *read_pairs(pairs_file).positives], seed=0)
+    pairs = read_pairs(pairs_file)
+    untrained = new_static(StaticConfig(width=32, vocabulary=500), [*pairs.anchors, *pairs.positives], seed=0)
     before = scores(lambda texts: untrained.encode(texts), dev_folder)
     after = scores(mt.load(trained).encoder.vectors, dev_folder)
     assert all(after[width] > before[width] + 0.02 for width in before), (before, after)

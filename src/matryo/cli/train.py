@@ -9,7 +9,15 @@ from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, sa
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
-    from matryo.training import Step
+    from matryo.encoders import Model
+    from matryo.training import Step, TrainConfig
+
+
+OPTIONS = {
+    "loss-arg": "NAME=VALUE, for example temperature=0.05",
+    "data": "a file, or a mapping such as '{path: sts.jsonl, loss: cosent, weight: 0.5}'",
+    "lora": "a rank, or a mapping such as '{r: 16, alpha: 32, target_modules: [query, value]}'",
+}
 
 
 def add(app: typer.Typer) -> None:
@@ -27,22 +35,65 @@ def numbers(text: str | None, kind: type[Any] = int, what: str = "widths") -> tu
         raise InputError(f"--{what} takes numbers separated by commas, got {text!r}; for example 64,128,256") from error
 
 
+def mapping(text: str, option: str) -> Any:
+    """An option's value as YAML reads it: a number, a word, or a mapping in braces."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--{option} takes {OPTIONS[option]}, got {text!r}") from error
+
+
+def loss_arguments(given: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` of every --loss-arg."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--loss-arg takes {OPTIONS['loss-arg']}, got {text!r}")
+        found[name] = mapping(value, "loss-arg")
+    return found
+
+
+def data_sets(given: list[str]) -> tuple[Any, ...]:
+    """Every --data: a path, or a mapping."""
+    read = [mapping(text, "data") if text.lstrip().startswith("{") else {"path": text} for text in given]
+    for text, found in zip(given, read, strict=True):
+        if not isinstance(found, dict):
+            raise InputError(f"--data takes {OPTIONS['data']}, got {text!r}")
+    return tuple(read)
+
+
 def train(
-    pairs: Annotated[Path | None, typer.Argument(help="Pairs: .parquet, .jsonl[.gz], .csv or .tsv.")] = None,
+    pairs: Annotated[Path | None, typer.Argument(help="Rows: .parquet, .jsonl[.gz], .csv or .tsv.")] = None,
     out: Annotated[Path | None, typer.Option(help="Model folder to write.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; options given here win.")] = None,
     base: Annotated[str | None, typer.Option(help="Model folder or hub name to start from.")] = None,
     widths: Annotated[str | None, typer.Option(help="Widths to train, such as 64,128,256.")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight per width.")] = None,
     dim: Annotated[int | None, typer.Option(help="Full width of a new static encoder.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Name of the loss; info_nce if not given.")] = None,
+    loss_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the loss; repeat for more.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of the rows, several: a file or '{path: ..., loss: ..., weight: ...}' each."),
+    ] = None,
+    mixing: Annotated[str | None, typer.Option(help="Batches of several data sets: proportional, round_robin.")] = None,
+    no_duplicates: Annotated[bool | None, typer.Option(help="No text twice in a batch.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Retrieval folder, STS file or pairs file to measure on.")] = None,
     dev_split: Annotated[str | None, typer.Option(help="Judgements of a retrieval folder.")] = None,
     best: Annotated[
         str | None, typer.Option(help="Keep the checkpoint best at this width, by 'mean', or 'last'.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the pairs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per step.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many measurements without a better one.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step, of all processes together.")] = None,
+    mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time (GradCache).")] = None,
+    sample_widths: Annotated[int | None, typer.Option(help="Widths trained per step, drawn anew.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Rank of adapters, or '{r: 16, alpha: 32}'.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    head_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of what a loss learns itself.")] = None,
     temperature: Annotated[str | None, typer.Option(help="One, or one per width.")] = None,
     symmetric: Annotated[bool | None, typer.Option(help="Contrast both ways.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Checkpoint and measure every so many steps.")] = None,
@@ -52,28 +103,55 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a nested model on pairs.
+    """Train a nested model on pairs, triplets, labelled texts or scored pairs.
 
     Example: matryo train pairs.jsonl.gz --out runs/first --widths 32,64,128,256 --dev dev-set/
     """
+    given = {name: value for name, value in locals().items() if value is not None}
+    for name in ("config", "resume", "as_json"):
+        given.pop(name, None)
+    settings = _settings(given, config)
+    model = _run(settings, resume)
+    if model is None:
+        return
+    assert model.nesting is not None
+    if as_json:
+        say_json({"model": str(settings.out), "widths": model.nesting.widths, "scores": model.card.scores})
+    else:
+        say(f"{settings.out}: a nested model of widths {', '.join(map(str, model.nesting.widths))}")
+
+
+def _settings(given: dict[str, Any], config: Path | None) -> "TrainConfig":
+    """The options as a checked configuration."""
     from matryo.training import TrainConfig
+
+    taus = numbers(given.pop("temperature", None), float, "temperature")
+    made = {
+        "widths": numbers(given.pop("widths", None)),
+        "weights": numbers(given.pop("weights", None), float, "weights"),
+        "temperature": taus[0] if taus and len(taus) == 1 else taus,
+        "static": {"width": given.pop("dim")} if "dim" in given else None,
+        "loss_args": loss_arguments(given.pop("loss_arg", [])) or None,
+        "data": data_sets(given.pop("data", [])) or None,
+        "lora": mapping(given.pop("lora"), "lora") if "lora" in given else None,
+    }
+    if str(given.get("best", "")).isdecimal():
+        made["best"] = int(given.pop("best"))
+    chosen = given | {name: value for name, value in made.items() if value is not None}
+    return TrainConfig.from_yaml(config, **chosen) if config else TrainConfig(**chosen)
+
+
+def _run(settings: "TrainConfig", resume: bool) -> "Model | None":
+    """Train, with progress on standard error; None on every process but the first."""
+    from matryo.training import processes
     from matryo.training import train as run
 
-    taus = numbers(temperature, float, "temperature")
-    given: dict[str, Any] = {
-        "pairs": pairs, "out": out, "base": base, "dev": dev, "dev_split": dev_split, "epochs": epochs,
-        "batch_size": batch_size, "learning_rate": learning_rate, "symmetric": symmetric, "save_steps": save_steps,
-        "max_steps": max_steps, "seed": seed, "device": device, "widths": numbers(widths),
-        "weights": numbers(weights, float, "weights"), "temperature": taus[0] if taus and len(taus) == 1 else taus,
-        "best": int(best) if best and best.isdecimal() else best, "static": None if dim is None else {"width": dim},
-    }  # fmt: skip
-    chosen = {name: value for name, value in given.items() if value is not None}
-    settings = TrainConfig.from_yaml(config, **chosen) if config else TrainConfig(**chosen)
     with bar(None, "training") as progress:
 
         def report(step: "Step") -> None:
             if step.losses:
-                note(f"step {step.step}/{step.steps} loss " + _by_width(step.losses))
+                of = f"{step.data} " if step.data else ""
+                note(f"step {step.step}/{step.steps} {of}loss " + _by_width(step.losses))
             if step.scores:
                 scores = {int(k.removeprefix("width_")): v for k, v in step.scores.items() if k != "mean"}
                 note(f"step {step.step}/{step.steps} dev {_by_width(scores)} mean {step.scores['mean']:.4f}")
@@ -85,11 +163,9 @@ def train(
             raise InterruptedByUserError(
                 f"interrupted; finished steps are kept in {settings.out}, go on with the same command and --resume"
             ) from None
-    assert model.nesting is not None
-    if as_json:
-        say_json({"model": str(settings.out), "widths": model.nesting.widths, "scores": model.card.scores})
-    else:
-        say(f"{settings.out}: a nested model of widths {', '.join(map(str, model.nesting.widths))}")
+    first = processes.is_main()
+    processes.leave()
+    return model if first else None
 
 
 def _by_width(values: dict[int, float]) -> str:

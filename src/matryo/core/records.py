@@ -316,7 +316,9 @@ def read_labelled(path: str | Path) -> Labelled:
             raise InputError(f"{path} line {line}: column 'label' {said}; name the row's class or remove the row")
         labels.append(str(label))
     if len(set(labels)) < 2:
-        raise InputError(f"{path}: needs rows of at least two classes in columns text and label, got {sorted(set(labels))}")
+        raise InputError(
+            f"{path}: needs rows of at least two classes in columns text and label, got {sorted(set(labels))}"
+        )
     return Labelled(texts, labels)
 
 

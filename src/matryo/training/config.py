@@ -63,7 +63,7 @@ class LoraConfig(_Checked):
     """Low-rank adapters (arXiv 2106.09685) trained in place of the whole encoder, and merged into it at the end."""
 
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
+    alpha: int = Field(32, ge=1, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
         None, description="Names of the layers to adapt; peft's choice for the architecture if unset."
@@ -74,7 +74,7 @@ class TrainConfig(_Checked):
     """One training run. Every field has a command line option of the same name; `from_yaml` reads a file of them."""
 
     pairs: Path | None = Field(
-        None, description="Parquet, JSONL(.gz), CSV or TSV with the columns that the loss needs, such as anchor, positive."
+        None, description="Parquet, JSONL(.gz), CSV or TSV with the columns the loss needs: anchor, positive[, ...]."
     )
     out: Path = Field(description="Model folder to write; checkpoints lie inside it until the run ends.")
     base: str | None = Field(None, description="Model folder or hub name to start from; a new static encoder if unset.")
@@ -157,7 +157,7 @@ class TrainConfig(_Checked):
             raise ValueError("pairs: Field required, or data for several files")
         if self.pairs is not None and self.data:
             raise ValueError("pairs is short for one data set; put its file into data and drop pairs")
-        if self.data and {"loss", "loss_args", "temperature", "symmetric"} & self.model_fields_set:
+        if self.data and (self.loss, self.loss_args, self.temperature, self.symmetric) != ("info_nce", {}, None, False):
             raise ValueError("with data, each data set names its own loss and loss_args; drop them at the top")
         sets = self.sets()
         for one in sets:
@@ -192,8 +192,12 @@ class TrainConfig(_Checked):
             raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a mapping of {', '.join(cls.model_fields)}")
-        if isinstance(content.get("static"), dict) and isinstance(overrides.get("static"), dict):
-            overrides["static"] = {**content["static"], **overrides["static"]}
+        # Another loss has other arguments, so those of the file go with the file's loss.
+        for name in ("static",) if "loss" in overrides else ("static", "loss_args"):
+            if isinstance(content.get(name), dict) and isinstance(overrides.get(name), dict):
+                overrides[name] = {**content[name], **overrides[name]}
+        if "loss" in overrides:
+            content.pop("loss_args", None)
         return cls(**{**content, **overrides})
 
     def nesting(self, full: int) -> Nesting:

@@ -63,7 +63,7 @@ def load_head(folder: str | Path, name: str | None = None) -> tuple[nn.Module, l
     heads = card.training.get("heads", {})
     if not (folder / HEAD).is_file() or card.nesting is None or not heads:
         raise InputError(f"{folder} holds no head; train with loss cross_entropy")
-    if name is None and len(heads) > 1 or name is not None and name not in heads:
+    if (name is None and len(heads) > 1) or (name is not None and name not in heads):
         raise InputError(f"{folder} holds heads of {', '.join(heads)}; name one of them, got {name!r}")
     chosen = name or next(iter(heads))
     classes: list[str] = card.training["classes"][chosen]

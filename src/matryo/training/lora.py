@@ -40,9 +40,7 @@ def merged(model: SentenceTransformer, base: str) -> SentenceTransformer:
         if isinstance(module, BaseTunerLayer):
             module.merge()
     weights = {
-        name.replace(".base_layer.", "."): value
-        for name, value in model.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
     }
     whole: Any = SentenceTransformerEncoder.load(base, str(model.device)).model
     whole.load_state_dict(weights)

@@ -31,7 +31,8 @@ class Part(nn.Module):
         self.recipe, self.nesting, self.weight = recipe(loss), nesting, weight
         given = check_arguments(loss, arguments)
         learn = given.pop("learn", ())
-        self.options = {name: value for name, value in given.items() if name not in self.recipe.extra and name not in learn}
+        apart = {*self.recipe.extra, *learn}
+        self.options = {name: value for name, value in given.items() if name not in apart}
         defaults = inspect.signature(self.recipe.call).parameters
         for name, value in given.items():
             if name in self.recipe.learnable() and isinstance(value, (list, tuple)) and len(value) != len(nesting):

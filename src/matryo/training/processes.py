@@ -2,8 +2,8 @@
 
 The trainer wraps the model in DDP, which starts every process with the same weights. Its own reduction is left alone:
 it begins while backward still runs, and so cannot know that a cached step replays the encoder, that a table's gradient
-is sparse in rows, or that a loss has parameters that no wrapper holds. Here everything is reduced when backward is done,
-the dense gradients of all parameters as one.
+is sparse in rows, or that a loss has parameters that no wrapper holds. Here everything is reduced when backward is
+done, the dense gradients of all parameters as one.
 """
 
 import os
@@ -90,8 +90,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(whole)
         whole /= count()
-        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(whole[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
 
 
 def _mean_of_rows(gradient: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ def _mean_of_rows(gradient: Tensor) -> Tensor:
         torch.cat([part[:size] for part, size in zip(_gathered(_padded(x, max(sizes))), sizes, strict=True)])
         for x in (rows, values)
     )
-    return torch.sparse_coo_tensor(all_rows[None], all_values, gradient.shape).coalesce()
+    both = torch.sparse_coo_tensor(all_rows[None], all_values, gradient.shape, check_invariants=False)
+    return both.coalesce()
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,9 +38,12 @@ class Reporter(TrainerCallback):
         self.report = report if processes.is_main() else None
         self.stop, self.key, self.patience = stop, key, patience
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def _say(self, step: Step) -> None:
         if self.report:
-            self.report(Step(state.global_step, state.max_steps))
+            self.report(step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say(Step(state.global_step, state.max_steps))
         # All processes stop after the same step, or they would wait for each other for ever.
         if processes.any_of(self.stop.is_set(), args.device):
             self.stop.set()
@@ -52,14 +56,13 @@ class Reporter(TrainerCallback):
             before, at, width = key.rpartition("loss@")
             if at:
                 found.setdefault(before.removesuffix("/") or None, {})[int(width)] = value
-        for data, losses in found.items() if self.report else ():
-            self.report(Step(state.global_step, state.max_steps, losses=losses, data=data))
+        for data, losses in found.items():
+            self._say(Step(state.global_step, state.max_steps, losses=losses, data=data))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         named = {key.removeprefix("eval_"): value for key, value in more["metrics"].items()}
         scores = {key: value for key, value in named.items() if key == "mean" or key.startswith("width_")}
-        if self.report:
-            self.report(Step(state.global_step, state.max_steps, scores=scores))
+        self._say(Step(state.global_step, state.max_steps, scores=scores))
         if ran_out(state.log_history, self.key, self.patience):
             control.should_training_stop = True
 
@@ -107,7 +110,10 @@ def quiet() -> Iterator[None]:
     noise.set_verbosity_error()
     own.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # accelerate names an option of DDP that newer torch has renamed.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            yield
     finally:
         noise.set_verbosity(level)
         own.setLevel(before)

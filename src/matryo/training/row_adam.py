@@ -14,8 +14,8 @@ cache and not memory."""
 class RowAdam(torch.optim.Optimizer):
     """torch.optim.SparseAdam's update (Adam, arXiv 1412.6980, algorithm 1, moments of untouched rows left alone) for
     coalesced row-sparse gradients, at less than half its time: rows are gathered, updated and put back block by block,
-    where SparseAdam makes a sparse tensor of all touched rows for every intermediate result. What has a dense gradient (a
-    head, a learned temperature) gets the same update as a whole.
+    where SparseAdam makes a sparse tensor of all touched rows for every intermediate result. What has a dense gradient
+    (a head, a learned temperature) gets the same update as a whole.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         (first, second), mean, square = group["betas"], state["exp_avg"], state["exp_avg_sq"]
         size = group["lr"] * (1 - second ** state["step"]) ** 0.5 / (1 - first ** state["step"])
-        gradient = weight.grad
-        assert gradient is not None
+        gradient: Any = weight.grad
         if not gradient.is_sparse:
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)

@@ -29,7 +29,7 @@ from matryo.training.dev import DevEvaluator, Encode, read_dev
 from matryo.training.heads import describe, save_heads
 from matryo.training.lora import add_adapter, merged
 from matryo.training.objective import NestedObjective, Part
-from matryo.training.progress import Reporter, Step, graceful_stop, quiet, ran_out
+from matryo.training.progress import Reporter, Step, graceful_stop, quiet
 from matryo.training.row_adam import RowAdam
 from matryo.training.static import make_row_sparse, new_static
 from matryo.training.trainer import NestedTrainer, checkpoints
@@ -143,8 +143,8 @@ class _Run:
             raise InputError("mini_batch_size saves activations, and a static encoder has none; leave it out")
         if self._batches() < 1:
             raise InputError(
-                f"batch_size {self.config.batch_size} is more than a data set has "
-                f"({min(len(rows) for rows in self.sets)} rows), and several processes take whole batches only; lower it"
+                f"several processes take whole batches only, and batch_size {self.config.batch_size} is more than the "
+                f"{min(len(rows) for rows in self.sets)} rows of a data set; lower it"
             )
 
     def _batches(self) -> int:

@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer with four things changed: the nested losses log every width, checkpoints appear whole or
+"""sentence-transformers' trainer with four things changed: nested losses log every width, checkpoints appear whole or
 not at all, training state is safetensors and JSON instead of pickles, and processes average all gradients at once."""
 
 import os
@@ -50,7 +50,7 @@ class NestedTrainer(SentenceTransformerTrainer):
         # Under DDP the bare model is called: see matryo.training.processes.
         wrapped = model is self.model_wrapped and not isinstance(model, DistributedDataParallel)
         if wrapped and self.loss.model is not model:
-            self.loss = self.override_model_in_loss(self.loss, model)  # type: ignore[arg-type]
+            self.loss = self.override_model_in_loss(self.loss, model)
         loss, values, nesting = self.loss(features, labels, name, self.state.global_step)
         self._count(name, values, nesting)
         return (loss, {}) if return_outputs else loss
@@ -90,8 +90,9 @@ class NestedTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **options: Any) -> Any:
         """Batches without duplicates, or with several rows of a class, where the data set's loss asks for it."""
-        several = isinstance(self.train_dataset, DatasetDict)
-        name = next(n for n, d in self.train_dataset.items() if d is dataset) if several else next(iter(self.loss.parts))
+        datasets: Any = self.train_dataset
+        names = [n for n, d in datasets.items() if d is dataset] if isinstance(datasets, DatasetDict) else []
+        name = names[0] if names else next(iter(self.loss.parts))
         wanted = self.loss.parts[name].recipe
         if wanted.by_label:
             return batches_by_label(dataset, *args, **options)
