@@ -75,6 +75,7 @@ def train(
     dim: Annotated[int | None, typer.Option(help="Full width of a new static encoder.")] = None,
     loss: Annotated[str | None, typer.Option(help="Name of the loss; info_nce if not given.")] = None,
     loss_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the loss; repeat for more.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model that the loss learns from, or its vectors.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="In place of the rows, several: a file or '{path: ..., loss: ..., weight: ...}' each."),

@@ -322,6 +322,14 @@ def read_labelled(path: str | Path) -> Labelled:
     return Labelled(texts, labels)
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """Texts from the column `text`."""
+    texts = [text_of(path, line, row, "text") for line, row in rows(path)]
+    if not texts:
+        raise InputError(f"{path}: no rows; expected a column text")
+    return texts
+
+
 def read_vectors(path: str | Path) -> NDArray[np.float32]:
     """(N, D) vectors from `.npy` (memory-mapped), `.safetensors` (its only tensor) or Parquet (column `vector`)."""
     path = Path(path)

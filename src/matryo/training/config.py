@@ -50,12 +50,20 @@ class DataConfig(_Checked):
     path: Path = Field(description="Parquet, JSONL(.gz), CSV or TSV with the columns that the loss needs.")
     loss: str = Field("info_nce", description="Name of the loss.")
     loss_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the loss.")
+    teacher: str | None = Field(
+        None, description="Model to learn from (folder, hub name or 'toy'), or a file of one vector per row."
+    )
     weight: float = Field(1.0, gt=0, description="What the loss is multiplied by.")
     name: str | None = Field(None, pattern=r"^\w+$", description="Its name in logs; the file's name if unset.")
 
     @model_validator(mode="after")
     def _loss_exists(self) -> "DataConfig":
         check_arguments(self.loss, self.loss_args)
+        wanted = recipe(self.loss).teacher
+        if wanted and self.teacher is None:
+            raise ValueError(f"loss {self.loss!r} needs a teacher: a model to learn from; give teacher")
+        if self.teacher is not None and not wanted:
+            raise ValueError(f"loss {self.loss!r} learns from no teacher; drop it")
         return self
 
 
@@ -83,6 +91,7 @@ class TrainConfig(_Checked):
     weights: tuple[float, ...] | None = Field(None, description="One weight per width; all 1 if unset.")
     loss: str = Field("info_nce", description="Name of the loss.")
     loss_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the loss.")
+    teacher: str | None = Field(None, description="Model that the loss learns from, or a file of its vectors.")
     temperature: float | tuple[float, ...] | None = Field(
         None, description="Short for the loss argument of that name: one, or one per width."
     )
@@ -157,11 +166,10 @@ class TrainConfig(_Checked):
             raise ValueError("pairs: Field required, or data for several files")
         if self.pairs is not None and self.data:
             raise ValueError("pairs is short for one data set; put its file into data and drop pairs")
-        if self.data and (self.loss, self.loss_args, self.temperature, self.symmetric) != ("info_nce", {}, None, False):
+        at_the_top = (self.loss, self.loss_args, self.teacher, self.temperature, self.symmetric)
+        if self.data and at_the_top != ("info_nce", {}, None, None, False):
             raise ValueError("with data, each data set names its own loss and loss_args; drop them at the top")
         sets = self.sets()
-        for one in sets:
-            check_arguments(one.loss, one.loss_args)
         contrastive = [one for one in sets if recipe(one.loss).rows == "pairs"]
         if self.no_duplicates and not contrastive:
             losses = ", ".join(dict.fromkeys(one.loss for one in sets))
@@ -176,7 +184,8 @@ class TrainConfig(_Checked):
         twice = sorted(given.keys() & self.loss_args.keys())
         if twice:
             raise InputError(f"{twice[0]} is given twice: as an option and in loss_args; drop one of the two")
-        return (DataConfig(path=self.pairs, loss=self.loss, loss_args={**self.loss_args, **given}),)
+        arguments = {**self.loss_args, **given}
+        return (DataConfig(path=self.pairs, loss=self.loss, loss_args=arguments, teacher=self.teacher),)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "TrainConfig":

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from matryo.core.errors import InputError
 from matryo.core.files import digest
-from matryo.core.records import read_labelled, read_pairs, read_sts
+from matryo.core.records import read_labelled, read_pairs, read_sts, read_texts, read_vectors
+from matryo.core.records import rows as lines
+from matryo.encoders import load
+from matryo.encoders.folder import fingerprint
 from matryo.training.config import DataConfig
 from matryo.training.objectives import Recipe, recipe
 from matryo.training.static import TokenBags
+
+BESIDE = ("label", "row")
+"""Columns of a data set that are not texts."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,9 @@ class Rows:
 
     def record(self) -> dict[str, Any]:
         """What identifies it: a resumed run must find it unchanged."""
-        return {"rows": len(self), "blake2b": digest(self.config.path)}
+        teacher = self.config.teacher
+        taught = {} if teacher is None else {"teacher": fingerprint(teacher)}
+        return {"rows": len(self), "blake2b": digest(self.config.path), **taught}
 
 
 def read_sets(configs: Sequence[DataConfig]) -> list[Rows]:
@@ -79,6 +87,8 @@ def _read(name: str, config: DataConfig) -> Rows:
     elif kind == "scored":
         scored = read_sts(path)
         rows = Rows(name, config, {"first": scored.first, "second": scored.second}, scored.scores)
+    elif kind == "texts" and "text" in next((row for _, row in lines(path)), {}):
+        rows = Rows(name, config, {"text": read_texts(path)})
     else:
         pairs = read_pairs(path)
         columns = {"anchor": pairs.anchors, "positive": pairs.positives}
@@ -87,6 +97,11 @@ def _read(name: str, config: DataConfig) -> Rows:
             raise InputError(
                 f"{path}: loss {config.loss!r} takes exactly one negative a row, got {len(columns) - 2}; "
                 "it needs the columns anchor, positive, negative"
+            )
+        if kind == "lists" and len(columns) < 3:
+            raise InputError(
+                f"{path}: loss {config.loss!r} compares at least two candidates a row; it needs the columns anchor, "
+                "positive, negative[, negative_2, ...]"
             )
         groups = np.unique(pairs.groups, return_inverse=True)[1] if pairs.groups and kind == "pairs" else None
         rows = Rows(name, config, columns, groups)
@@ -102,7 +117,7 @@ def _class_order(label: str) -> tuple[int, str]:
 
 def text_datasets(sets: Sequence[Rows]) -> Dataset | DatasetDict:
     """The data sets as the trainer underneath takes them: columns of texts, `label` beside them."""
-    return _as_one({rows.name: Dataset.from_dict(rows.columns | _label(rows)) for rows in sets})
+    return _as_one({rows.name: Dataset.from_dict(rows.columns | _beside(rows)) for rows in sets})
 
 
 def token_datasets(sets: Sequence[Rows], tokenizer: Any) -> tuple[Dataset | DatasetDict, "BagCollator"]:
@@ -119,16 +134,29 @@ def token_datasets(sets: Sequence[Rows], tokenizer: Any) -> tuple[Dataset | Data
                 text = rows.columns[name][int(empty[0])]
                 where = f"{rows.config.path}: {name} of row {int(empty[0]) + 1}"
                 raise InputError(f"{where} has no tokens ({text[:40]!r}); remove the row")
-        made[rows.name] = Dataset.from_dict(columns | _label(rows))
+        made[rows.name] = Dataset.from_dict(columns | _beside(rows))
     return _as_one(made), BagCollator(bags)
 
 
-def _label(rows: Rows) -> dict[str, Any]:
-    return {} if rows.labels is None else {"label": rows.labels}
+def _beside(rows: Rows) -> dict[str, Any]:
+    """Columns that are not texts: labels, and the number of each row where a teacher is asked about it."""
+    label = {} if rows.labels is None else {"label": rows.labels}
+    return label | ({"row": np.arange(len(rows))} if rows.config.teacher else {})
 
 
 def _as_one(datasets: dict[str, Dataset]) -> Dataset | DatasetDict:
     return next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(datasets)
+
+
+class RowCollator:
+    """Another collator, and the rows' numbers beside what it makes."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator, self.valid_label_columns = collator, collator.valid_label_columns
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator([{k: v for k, v in row.items() if k != "row"} for row in features])
+        return batch | ({"row": torch.tensor([row["row"] for row in features])} if "row" in features[0] else {})
 
 
 class BagCollator:
@@ -144,7 +172,7 @@ class BagCollator:
         for column in features[0]:
             if column == "dataset_name":
                 batch[column] = features[0][column]
-            elif column == "label":
+            elif column in BESIDE:
                 batch[column] = torch.tensor([row[column] for row in features])
             else:
                 ids, offsets = self.bags.take(np.fromiter((row[column] for row in features), np.int64, len(features)))
@@ -158,7 +186,7 @@ class _Values:
 
     def __init__(self, dataset: Dataset) -> None:
         plain = dataset.with_format(None)
-        self.columns = {name: plain[name][:] for name in plain.column_names if name != "label"}
+        self.columns = {name: plain[name][:] for name in plain.column_names if name not in BESIDE}
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -181,6 +209,37 @@ def batches_by_label(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
             f"a loss that compares rows of one class needs an even batch_size of at least 4, got "
             f"{options['batch_size']}, and two classes of at least two rows ({error})"
         ) from error
+
+
+class Teacher:
+    """Another model's vectors of a data set's texts, made once."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Embed every distinct text, or read the file of vectors that `teacher` names.
+
+        Raises:
+            InputError: a file that has not one vector for each row, or no such model.
+        """
+        name = str(rows.config.teacher)
+        if name.endswith((".npy", ".safetensors", ".parquet")):
+            vectors = read_vectors(name)
+            if len(vectors) != len(rows) or len(rows.columns) != 1:
+                raise InputError(
+                    f"{name} has {len(vectors)} vectors, but {rows.config.path} has {len(rows)} rows of "
+                    f"{len(rows.columns)} texts; a file gives one vector for each row of one text, or name a model"
+                )
+            self.places = [np.arange(len(rows))]
+        else:
+            distinct = dict.fromkeys(text for column in rows.columns.values() for text in column)
+            number = {text: n for n, text in enumerate(distinct)}
+            self.places = [np.array([number[text] for text in column]) for column in rows.columns.values()]
+            # As long as the model gives them: a teacher whose scores are dot products keeps them.
+            vectors = load(name).encoder.vectors(list(distinct), 64, False)
+        self.vectors = torch.from_numpy(np.array(vectors))
+
+    def take(self, rows: Tensor) -> list[Tensor]:
+        """(B, E) vectors of each column of some rows."""
+        return [self.vectors[torch.from_numpy(places[rows.cpu().numpy()])] for places in self.places]
 
 
 def spread(sets: Sequence[Rows], most: int) -> list[str]:

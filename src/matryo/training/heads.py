@@ -10,6 +10,7 @@ from torch import nn
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import write_atomically
 from matryo.encoders.folder import read_card
+from matryo.losses import NestedHead
 from matryo.training.data import Rows
 from matryo.training.objective import NestedObjective
 
@@ -36,13 +37,13 @@ def describe(objective: NestedObjective, sets: list[Rows]) -> dict[str, Any]:
         if rows.classes:
             found.setdefault("classes", {})[rows.name] = rows.classes
         if part.head is not None:
-            found.setdefault("heads", {})[rows.name] = {"tied": bool(part.head.tied)}
+            found.setdefault("heads", {})[rows.name] = {"tied": part.head.tied, "normalize": part.head.normalize}
         if part.learned:
             found.setdefault("learned", {})[rows.name] = part.learned_values()
     return found
 
 
-def load_head(folder: str | Path, name: str | None = None) -> tuple[nn.Module, list[str]]:
+def load_head(folder: str | Path, name: str | None = None) -> tuple[NestedHead, list[str]]:
     """The classifier that a model was trained with, and the classes its outputs stand for.
 
     Args:
@@ -56,8 +57,6 @@ def load_head(folder: str | Path, name: str | None = None) -> tuple[nn.Module, l
         InputError: the folder holds no such head.
         DamagedError: what it holds cannot be read.
     """
-    from matryo.losses import NestedHead
-
     folder = Path(folder)
     card = read_card(folder)
     heads = card.training.get("heads", {})
@@ -67,7 +66,7 @@ def load_head(folder: str | Path, name: str | None = None) -> tuple[nn.Module, l
         raise InputError(f"{folder} holds heads of {', '.join(heads)}; name one of them, got {name!r}")
     chosen = name or next(iter(heads))
     classes: list[str] = card.training["classes"][chosen]
-    head = NestedHead(card.nesting, len(classes), tied=heads[chosen]["tied"])
+    head = NestedHead(card.nesting, len(classes), **heads[chosen])
     try:
         tensors = load_file(folder / HEAD)
         mine = {k.removeprefix(f"{chosen}/"): v for k, v in tensors.items() if k.startswith(f"{chosen}/")}

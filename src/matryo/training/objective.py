@@ -1,7 +1,7 @@
 """The thin piece between a trainer and losses on tensors: features -> embeddings -> the loss of their data set."""
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +9,42 @@ from torch import Tensor, nn
 
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
+from matryo.core.sampling import WidthSampler
+from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce
+from matryo.training import processes
+from matryo.training.caching import cached_embeddings
 from matryo.training.objectives import check_arguments, recipe
 from matryo.training.static import merge_bags
 
 POSITIVE = {"temperature", "scale"}
 """Arguments that are learned as a logarithm, so that they stay above 0."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's rows as a loss sees them; with several processes, this process' part."""
+
+    columns: Sequence[Tensor]
+    """Embeddings, (B, D) each."""
+    labels: Tensor | None = None
+    """(B,) groups, classes or scores."""
+    taught: Sequence[Tensor] = ()
+    """The teacher's vectors of the same texts, (B, E) each."""
+
+    def everyone(self) -> "Batch":
+        """The rows of all processes. Each has as many, so their number need not be exchanged."""
+        columns = [*self.columns, *(x.to(self.columns[0].device) for x in self.taught)]
+        every = gather_with_gradient(columns, labels=self.labels, capacity=len(columns[0]))
+        count = len(self.columns)
+        return Batch(every.columns[:count], every.labels, every.columns[count:])
+
+    @property
+    def compares_nothing(self) -> bool:
+        """One row, or scores that are all equal: what may be left over at the end of an epoch."""
+        same = (
+            self.labels is not None and self.labels.is_floating_point() and bool((self.labels == self.labels[0]).all())
+        )
+        return len(self.columns[0]) < 2 or same
 
 
 class Part(nn.Module):
@@ -22,54 +53,71 @@ class Part(nn.Module):
     def __init__(
         self, loss: str, arguments: Mapping[str, Any], nesting: Nesting, weight: float = 1.0, classes: int = 0
     ) -> None:
-        """Take a loss of `recipe(loss)`.
+        """Take the loss `recipe(loss)` for a nesting.
 
         Raises:
             InputError: unknown arguments, or a value per width for another number of widths.
         """
         super().__init__()
-        self.recipe, self.nesting, self.weight = recipe(loss), nesting, weight
+        self.loss, self.recipe, self.nesting, self.weight = loss, recipe(loss), nesting, weight
         given = check_arguments(loss, arguments)
+        self.per_width = {*self.recipe.learnable(), *self.recipe.nestings()}
+        for name in self.per_width & given.keys():
+            if isinstance(given[name], Sequence) and len(given[name]) != len(nesting):
+                raise InputError(f"{name}: {len(given[name])} values for {len(nesting)} widths")
         learn = given.pop("learn", ())
-        apart = {*self.recipe.extra, *learn}
-        self.options = {name: value for name, value in given.items() if name not in apart}
-        defaults = inspect.signature(self.recipe.call).parameters
-        for name, value in given.items():
-            if name in self.recipe.learnable() and isinstance(value, (list, tuple)) and len(value) != len(nesting):
-                raise InputError(f"{name}: {len(value)} values for {len(nesting)} widths")
-        self.learned = nn.ParameterDict()
-        for name in learn:
-            value = torch.tensor(given.get(name, defaults[name].default), dtype=torch.float32)
-            if name in POSITIVE and float(value.min()) <= 0:
-                raise InputError(f"loss {loss!r}: {name} must be above 0, got {value.tolist()}")
-            self.learned[name] = nn.Parameter(value.log() if name in POSITIVE else value)
-        self.head: nn.Module | None = None
-        if "tied" in self.recipe.extra:
-            from matryo.losses import NestedHead
+        self.learned = nn.ParameterDict({name: self._start(name, given) for name in learn})
+        self.options = {name: value for name, value in given.items() if name not in {*learn, *self.recipe.head}}
+        options = {name: given[name] for name in self.recipe.head if name in given}
+        self.head = NestedHead(nesting, classes, **options) if self.recipe.head else None
 
-            self.head = NestedHead(nesting, classes, tied=given.get("tied", False))
+    def _start(self, name: str, given: Mapping[str, Any]) -> nn.Parameter:
+        value = torch.tensor(given.get(name, self.recipe.signature[name].default), dtype=torch.float32)
+        if name in POSITIVE and float(value.min()) <= 0:
+            raise InputError(f"loss {self.loss!r}: {name} must be above 0, got {value.tolist()}")
+        return nn.Parameter(value.log() if name in POSITIVE else value)
 
-    def forward(self, columns: list[Tensor], labels: Tensor | None, nesting: Nesting) -> tuple[Tensor, Tensor]:
-        """The weighted loss, and the plain loss at each width of `nesting` (L,), detached."""
+    def forward(self, batch: Batch, nesting: Nesting) -> tuple[Tensor, Any]:
+        """The weighted loss of this process, and the plain loss at each width of `nesting`: (L,), or that by code."""
         options = {**self._options(nesting), "nesting": nesting, "per_width": True}
-        call, kind = self.recipe.call, self.recipe.rows
-        if kind == "pairs":
-            total, values = call(columns[0], torch.cat(columns[1:]), group=labels, **options)
-        elif kind == "labelled":
-            head = () if self.head is None else (self.head,)
-            total, values = call(*columns, labels, *head, **options)
+        if self.loss == "info_nce" and processes.count() > 1:
+            # Every process takes its own anchors; other losses compare all rows on each process.
+            size = len(batch.columns[0])
+            total, values = gathered_info_nce(batch.columns, group=batch.labels, capacity=size, **options)
         else:
-            total, values = call(*columns, *([] if labels is None else [labels]), **options)
+            if self.recipe.other_rows and processes.count() > 1:
+                batch = batch.everyone()
+            if self.recipe.rows in ("scored", "texts") and batch.compares_nothing:
+                return sum((x.sum() for x in batch.columns), torch.zeros(())) * 0, torch.zeros(len(nesting))
+            total, values = self._call(batch, options)
         return self.weight * total, values
+
+    def _call(self, batch: Batch, options: dict[str, Any]) -> Any:
+        call, rows, columns = self.recipe.call, self.recipe.rows, batch.columns
+        taught = [x.to(columns[0].device, columns[0].dtype) for x in batch.taught]
+        if rows == "pairs":
+            guides = (taught[0], torch.cat(taught[1:])) if taught else ()
+            return call(columns[0], torch.cat(list(columns[1:])), *guides, group=batch.labels, **options)
+        if rows == "texts":
+            return call(torch.cat(list(columns)), torch.cat(taught), **options)
+        if rows == "lists":
+            scores = [(taught[0] * other).sum(1) for other in taught[1:]]
+            return call(columns[0], torch.stack(list(columns[1:]), 1), torch.stack(scores, 1), **options)
+        if taught:
+            return call(*columns, (taught[0] * (taught[1] - taught[2])).sum(1), **options)
+        beside = [x for x in (batch.labels, self.head) if x is not None]
+        return call(*columns, *beside, **options)
 
     def _options(self, nesting: Nesting) -> dict[str, Any]:
         """Arguments of the loss for the widths of a step."""
         places = [self.nesting.widths.index(width) for width in nesting.widths]
-        per_width = self.recipe.learnable()
         options = {
-            name: [value[n] for n in places] if name in per_width and isinstance(value, (list, tuple)) else value
+            name: [value[n] for n in places] if name in self.per_width and isinstance(value, Sequence) else value
             for name, value in self.options.items()
         }
+        for name in self.recipe.nestings():
+            if options.get(name) is not None:
+                options[name] = Nesting(options[name])
         for name, parameter in self.learned.items():
             value = parameter.exp() if name in POSITIVE else parameter
             options[name] = value[places] if value.ndim else value
@@ -77,27 +125,37 @@ class Part(nn.Module):
 
     def learned_values(self) -> dict[str, Any]:
         """What was learned beside the model and the head, in the loss's own terms."""
-        exp = {name: name in POSITIVE for name in self.learned}
-        return {
-            name: (parameter.detach().exp() if exp[name] else parameter.detach()).tolist()
-            for name, parameter in self.learned.items()
-        }
+        found = {name: parameter.detach() for name, parameter in self.learned.items()}
+        return {name: (value.exp() if name in POSITIVE else value).tolist() for name, value in found.items()}
 
 
 class NestedObjective(nn.Module):
     """A model and the losses of its data sets. Every batch comes from one data set."""
 
-    def __init__(self, model: nn.Module, nesting: Nesting, parts: Mapping[str, Part], sampler: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        nesting: Nesting,
+        parts: Mapping[str, Part],
+        sampler: WidthSampler | None = None,
+        mini_batch_size: int | None = None,
+    ) -> None:
         """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step."""
         super().__init__()
         self.model = model
         self.nesting = nesting
         self.parts = nn.ModuleDict(parts)
         self.sampler = sampler
+        self.mini_batch_size = mini_batch_size
 
     def forward(
-        self, features: list[dict[str, Tensor]], labels: Tensor | None, name: str | None = None, step: int = 0
-    ) -> tuple[Tensor, Tensor, Nesting]:
+        self,
+        features: list[dict[str, Tensor]],
+        labels: Tensor | None,
+        name: str | None = None,
+        step: int = 0,
+        taught: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Any, Nesting]:
         """The loss, the unweighted loss at each width trained in this step (L,), detached, and those widths.
 
         `labels` are what the data set's loss needs: groups, classes or scores.
@@ -106,14 +164,15 @@ class NestedObjective(nn.Module):
         part = self.parts[name] if name is not None else next(iter(self.parts.values()))
         columns = self.embed(features)
         try:
-            total, values = part(columns, labels, nesting)
+            total, values = part(Batch(columns, labels, taught), nesting)
         except InputError as error:
             blame = _bad_row(columns)
             raise InputError(blame) if blame else error from error
         if not torch.isfinite(total):
-            width = nesting.widths[int((~torch.isfinite(values)).nonzero()[0])]
-            reason = f"the loss is not finite at width {width}; raise the temperature or lower the learning rate"
-            raise InputError(_bad_row(columns) or reason)
+            reason = "the loss is not finite"
+            if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
+                reason += f" at width {nesting.widths[int((~torch.isfinite(values)).nonzero()[0])]}"
+            raise InputError(_bad_row(columns) or f"{reason}; raise the temperature or lower the learning rate")
         return total, values, nesting
 
     def embed(self, features: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -122,10 +181,12 @@ class NestedObjective(nn.Module):
             sizes = [len(f["offsets"]) for f in features]
             merged: dict[str, Any] = self.model(merge_bags(features))
             return list(merged["sentence_embedding"].split(sizes))
+        if self.mini_batch_size is not None:
+            return cached_embeddings(self.model, features, mini_batch_size=self.mini_batch_size)
         return [self.model(f)["sentence_embedding"] for f in features]
 
 
-def _bad_row(columns: list[Tensor]) -> str | None:
+def _bad_row(columns: Sequence[Tensor]) -> str | None:
     names = ("first text", "second text", *(f"negative {n}" for n in range(1, len(columns))))
     for name, rows in zip(names, columns, strict=False):
         bad = (~torch.isfinite(rows)).any(1).nonzero()

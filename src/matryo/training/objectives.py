@@ -13,7 +13,7 @@ from matryo import losses
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 
-Kind = Literal["pairs", "triplets", "labelled", "scored"]
+Kind = Literal["pairs", "triplets", "lists", "labelled", "scored", "texts"]
 OWN = {"nesting", "per_width", "group", "ignore", "targets", "chunk", "capacity"}
 """Arguments that the trainer gives a loss, or that change nothing but speed."""
 
@@ -29,42 +29,60 @@ class Recipe:
     """Whether a row's term depends on the other rows of the batch, so that processes have to gather theirs."""
     by_label: bool = False
     """Whether batches need several rows of each class."""
+    teacher: bool = False
+    """Whether it learns from the vectors of another model."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Arguments beyond the function's own, and their types."""
+    """Arguments that it passes on, and their types."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the classifier that is trained with it, and their types."""
 
     @property
     def call(self) -> Any:
         """The function."""
         return getattr(losses, self.function)
 
+    @property
+    def signature(self) -> Mapping[str, Any]:
+        """The function's parameters by name."""
+        return inspect.signature(self.call).parameters
+
     def arguments(self) -> dict[str, Any]:
         """Argument -> its type, of everything a user may set."""
         own = {
             name: parameter.annotation
-            for name, parameter in inspect.signature(self.call).parameters.items()
+            for name, parameter in self.signature.items()
             if parameter.kind is parameter.KEYWORD_ONLY and name not in OWN
         }
         learned = {"learn": tuple[str, ...]} if any(_takes_tensor(kind) for kind in own.values()) else {}
-        return {name: _without_tensors(kind) for name, kind in own.items()} | self.extra | learned
+        return {name: _without_tensors(kind) for name, kind in own.items()} | self.extra | self.head | learned
 
     def learnable(self) -> list[str]:
-        """Arguments that may be tensors with a gradient."""
-        parameters = inspect.signature(self.call).parameters
-        return [name for name in self.arguments() if name in parameters and _takes_tensor(parameters[name].annotation)]
+        """Arguments that may be tensors with a gradient: those of one value, or one per width."""
+        return [name for name, parameter in self.signature.items() if name not in OWN and _option_tensor(parameter)]
+
+    def nestings(self) -> list[str]:
+        """Arguments that are widths of the teacher."""
+        return [name for name, p in self.signature.items() if name not in OWN and Nesting in _members(p.annotation)]
 
 
-_ALL = {
+BOTH_WAYS = {"symmetric": bool}
+HEAD = {"tied": bool, "normalize": bool}
+RECIPES: dict[str, Recipe] = {
     "info_nce": Recipe("pairs", "nested_info_nce"),
+    "quantised_info_nce": Recipe("pairs", "nested_quantised_info_nce", extra=BOTH_WAYS),
+    "guided_info_nce": Recipe("pairs", "nested_guided_info_nce", teacher=True, extra=BOTH_WAYS),
     "sigmoid": Recipe("pairs", "nested_sigmoid"),
     "triplet": Recipe("triplets", "nested_triplet", other_rows=False),
-    "cross_entropy": Recipe("labelled", "nested_cross_entropy", other_rows=False, extra={"tied": bool}),
-    "multi_similarity": Recipe("labelled", "nested_multi_similarity", by_label=True),
-    "supcon": Recipe("labelled", "nested_supcon", by_label=True),
     "cosent": Recipe("scored", "nested_cosent"),
     "angle": Recipe("scored", "nested_angle"),
     "online_contrastive": Recipe("scored", "nested_online_contrastive"),
+    "cross_entropy": Recipe("labelled", "nested_cross_entropy", other_rows=False, head=HEAD),
+    "multi_similarity": Recipe("labelled", "nested_multi_similarity", by_label=True),
+    "supcon": Recipe("labelled", "nested_supcon", by_label=True),
+    "distill": Recipe("texts", "nested_distill", teacher=True),
+    "margin_mse": Recipe("triplets", "nested_margin_mse", other_rows=False, teacher=True),
+    "kl": Recipe("lists", "nested_kl", other_rows=False, teacher=True),
 }
-RECIPES: dict[str, Recipe] = {name: recipe for name, recipe in _ALL.items() if hasattr(losses, recipe.function)}
 """Every loss by the name that `TrainConfig(loss=...)` and `--loss` take."""
 
 
@@ -105,6 +123,10 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _takes_tensor(kind: Any) -> bool:
     return Tensor in _members(kind)
+
+
+def _option_tensor(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.KEYWORD_ONLY and _takes_tensor(parameter.annotation)
 
 
 def _without_tensors(kind: Any) -> Any:

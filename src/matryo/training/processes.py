@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from matryo.core.errors import InputError
+from matryo.losses import gather
 
 
 def join(device: str | None) -> None:
@@ -31,7 +32,7 @@ def leave() -> None:
 
 def count() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return gather.processes()
 
 
 def is_main() -> bool:
@@ -71,7 +72,7 @@ def check_batch(batch_size: int) -> None:
         )
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes.
 
     A step leaves the same parameters without a gradient on every process, because all take the same data set and the
@@ -99,20 +100,16 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def _mean_of_rows(gradient: Tensor) -> Tensor:
     gradient = gradient.coalesce()
     rows, values = gradient.indices()[0], gradient.values() / count()
-    sizes = [int(size) for size in _gathered(torch.tensor([len(rows)], device=rows.device))]
-    all_rows, all_values = (
-        torch.cat([part[:size] for part, size in zip(_gathered(_padded(x, max(sizes))), sizes, strict=True)])
-        for x in (rows, values)
-    )
+    sizes = gather.row_counts(len(rows), rows.device)
+    all_rows, all_values = (_everyone(x, sizes) for x in (rows, values))
     both = torch.sparse_coo_tensor(all_rows[None], all_values, gradient.shape, check_invariants=False)
     return both.coalesce()
 
 
-def _padded(x: Tensor, size: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
-
-
-def _gathered(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(count())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
+def _everyone(x: Tensor, sizes: list[int]) -> Tensor:
+    """The first `sizes[r]` rows of every process r, one after the other."""
+    sent = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    received = sent.new_empty(len(sizes) * len(sent), *x.shape[1:])
+    gather.all_gather(received, sent)
+    parts = received.view(len(sizes), len(sent), *x.shape[1:])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import storage_errors, write_text
 from matryo.core.prefix import Nesting
+from matryo.core.sampling import WidthSampler
 from matryo.encoders import Model, load
 from matryo.encoders.folder import CARD, disk_errors, module_types, write_card
 from matryo.encoders.model import Card
@@ -24,8 +26,9 @@ from matryo.encoders.static import StaticEncoder
 from matryo.training import processes
 from matryo.training.card import int8_scales, score_rows, versions, write_readme
 from matryo.training.config import TrainConfig
-from matryo.training.data import Rows, batches, read_sets, spread, text_datasets, token_datasets
+from matryo.training.data import RowCollator, Rows, Teacher, batches, read_sets, spread, text_datasets, token_datasets
 from matryo.training.dev import DevEvaluator, Encode, read_dev
+from matryo.training.distributed import check_agreement
 from matryo.training.heads import describe, save_heads
 from matryo.training.lora import add_adapter, merged
 from matryo.training.objective import NestedObjective, Part
@@ -96,6 +99,7 @@ class _Run:
         several = {} if config.pairs else {"data": {rows.name: rows.record() for rows in self.sets}}
         self.identity = {"config": _plain(config), **one, **several}
         self.objective = self._objective()
+        self.teachers = {rows.name: Teacher(rows) for rows in self.sets if rows.config.teacher}
         self.dataset, self.collator = self._data()
         self._check_identity(resume)
 
@@ -156,7 +160,9 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             parts = {rows.name: self._part(rows) for rows in self.sets}
-        return NestedObjective(self.model, self.nesting, parts, sampler=self._sampler())
+        keep = config.sample_widths
+        sampler = None if keep is None else WidthSampler(self.nesting, keep, config.seed)
+        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size)
 
     def _part(self, rows: Rows) -> Part:
         arguments = dict(rows.config.loss_args)
@@ -164,11 +170,10 @@ class _Run:
             arguments.setdefault("temperature", 0.065 if self.static else 0.05)
         return Part(rows.config.loss, arguments, self.nesting, rows.config.weight, len(rows.classes))
 
-    def _sampler(self) -> Any:
-        return None
-
     def _check_identity(self, resume: bool) -> None:
         """A resumed run must be the run that was interrupted, or its result would belong to neither."""
+        found = [path.name for path in checkpoints(self.work)]
+        check_agreement({**self.identity, "out": str(self.config.out.resolve()), "checkpoints": found})
         path = self.work / "run.json"
         text = json.dumps(self.identity, indent=2)
         if resume:
@@ -208,6 +213,7 @@ class _Run:
             optimizers=optimizers,
             callbacks=[Reporter(report, stop, _best_key(config.best), config.patience)],
             no_duplicates=config.no_duplicates,
+            teachers=self.teachers,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -224,7 +230,8 @@ class _Run:
     def _data(self) -> tuple[Any, Any]:
         if self.static:
             return token_datasets(self.sets, self.model[0].tokenizer)
-        return text_datasets(self.sets), None
+        collator = RowCollator(SentenceTransformerDataCollator(preprocess_fn=self.model.preprocess))
+        return text_datasets(self.sets), collator if self.teachers else None
 
     def _arguments(self) -> SentenceTransformerTrainingArguments:
         config, an_epoch, several = self.config, self._batches(), processes.count() > 1

@@ -3,6 +3,7 @@ not at all, training state is safetensors and JSON instead of pickles, and proce
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matryo.core.files import fsync_file, fsync_folder
 from matryo.core.prefix import Nesting
 from matryo.encoders.folder import disk_errors
 from matryo.training import processes
-from matryo.training.data import batches_by_label, batches_without_duplicates
+from matryo.training.data import Teacher, batches_by_label, batches_without_duplicates
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
 STAGING = ".unfinished"
@@ -34,10 +35,13 @@ class NestedTrainer(SentenceTransformerTrainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, *, no_duplicates: bool = False, **options: Any) -> None:
-        """Take the options of the trainer underneath, and whether a batch may hold a text twice."""
-        self.no_duplicates = no_duplicates
-        self.tallies: dict[str | None, Tensor] = {}
+    def __init__(
+        self, *, no_duplicates: bool = False, teachers: Mapping[str, Teacher] | None = None, **options: Any
+    ) -> None:
+        """Take the options of the trainer underneath, whether to keep texts from being in a batch twice, and the
+        teachers of data sets by their names."""
+        self.no_duplicates, self.teachers = no_duplicates, dict(teachers or {})
+        self.tallies: dict[str, Tensor] = {}
         super().__init__(**options)
         self.add_callback(_Epochs(self))
 
@@ -51,7 +55,9 @@ class NestedTrainer(SentenceTransformerTrainer):
         wrapped = model is self.model_wrapped and not isinstance(model, DistributedDataParallel)
         if wrapped and self.loss.model is not model:
             self.loss = self.override_model_in_loss(self.loss, model)
-        loss, values, nesting = self.loss(features, labels, name, self.state.global_step)
+        teacher = self.teachers.get(name or next(iter(self.loss.parts)))
+        taught = teacher.take(inputs["row"]) if teacher else ()
+        loss, values, nesting = self.loss(features, labels, name, self.state.global_step, taught)
         self._count(name, values, nesting)
         return (loss, {}) if return_outputs else loss
 
@@ -59,28 +65,29 @@ class NestedTrainer(SentenceTransformerTrainer):
         """Forward and backward, and with several processes the mean of their gradients."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if processes.count() > 1:
-            processes.average_gradients(self.loss.parameters())
+            processes.reduce_gradients(self.loss.parameters())
         return loss
 
-    def _count(self, name: str | None, values: Tensor, nesting: Nesting) -> None:
-        """Add the losses of a step to what the next line of the log is made of: (2, L) sums and steps."""
+    def _count(self, name: str | None, values: Any, nesting: Nesting) -> None:
+        """Add the losses of a step to what the next line of the log is made of: (2, L) sums and steps by name."""
         every = self.loss.nesting.widths
-        if not self.tallies:
-            names = list(self.loss.parts) if len(self.loss.parts) > 1 else [None]
-            self.tallies = {each: values.new_zeros(2, len(every)) for each in names}
         places = [every.index(width) for width in nesting.widths]
-        self.tallies[name][0, places] += values
-        self.tallies[name][1, places] += 1
+        for code, losses in (values if isinstance(values, dict) else {None: values}).items():
+            key = "/".join(part for part in (name, code) if part)
+            tally = self.tallies.setdefault(key, torch.zeros(2, len(every), device=losses.device))
+            tally[0, places] += losses
+            tally[1, places] += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the mean loss at each width, of each data set, beside the whole loss."""
         if "loss" in logs and self.tallies:
             logs = dict(logs)
+            # Every process took its batches from the same data sets, so all have the same names in the same order.
             sums = processes.total(torch.stack(list(self.tallies.values()))).tolist()
-            for name, (values, steps) in zip(self.tallies, sums, strict=True):
-                for width, value, count in zip(self.loss.nesting.widths, values, steps, strict=True):
+            for key, (losses, steps) in zip(self.tallies, sums, strict=True):
+                for width, loss, count in zip(self.loss.nesting.widths, losses, steps, strict=True):
                     if count:
-                        logs[f"{name}/loss@{width}" if name else f"loss@{width}"] = value / count
+                        logs[f"{key}/loss@{width}" if key else f"loss@{width}"] = loss / count
             self.tallies = {}
         super().log(logs, start_time)
 
