@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,29 @@ def config(pairs_file: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**{"pairs": pairs_file, "out": tmp_path / out, **small, **options})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def row_files(pairs_file, debian_rows, tmp_path_factory) -> dict[str, Path]:
+    """A file of every kind of rows that losses take: 200 rows each, or 120 labelled ones of three classes."""
+    folder, rows = tmp_path_factory.mktemp("rows"), debian_rows[:200]
+    classes = ("games", "libs", "net")
+    made = {
+        "triplets": [{**row, "negative": rows[(n + 7) % 200]["positive"]} for n, row in enumerate(rows)],
+        "lists": [
+            {**row, "negative": rows[(n + 7) % 200]["positive"], "negative_2": rows[(n + 9) % 200]["positive"]}
+            for n, row in enumerate(rows)
+        ],
+        "scored": [
+            {"sentence1": row["anchor"], "sentence2": rows[(n + n % 2 * 7) % 200]["positive"], "score": 1 - n % 2}
+            for n, row in enumerate(rows)
+        ],
+        "labelled": [{"text": row["positive"], "label": classes[n % 3]} for n, row in enumerate(rows[:120])],
+        "texts": [{"text": row["positive"]} for row in rows],
+    }
+    for name, content in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {"pairs": pairs_file} | {name: folder / f"{name}.jsonl" for name in made}
 
 
 @pytest.fixture

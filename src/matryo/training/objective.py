@@ -41,10 +41,8 @@ class Batch:
     @property
     def compares_nothing(self) -> bool:
         """One row, or scores that are all equal: what may be left over at the end of an epoch."""
-        same = (
-            self.labels is not None and self.labels.is_floating_point() and bool((self.labels == self.labels[0]).all())
-        )
-        return len(self.columns[0]) < 2 or same
+        scores = self.labels if self.labels is not None and self.labels.is_floating_point() else None
+        return len(self.columns[0]) < 2 or (scores is not None and bool((scores == scores[0]).all()))
 
 
 class Part(nn.Module):
@@ -88,7 +86,8 @@ class Part(nn.Module):
             if self.recipe.other_rows and processes.count() > 1:
                 batch = batch.everyone()
             if self.recipe.rows in ("scored", "texts") and batch.compares_nothing:
-                return sum((x.sum() for x in batch.columns), torch.zeros(())) * 0, torch.zeros(len(nesting))
+                nothing = torch.stack([x.sum() for x in batch.columns]).sum() * 0
+                return nothing, nothing.detach().expand(len(nesting))
             total, values = self._call(batch, options)
         return self.weight * total, values
 
