@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -54,6 +55,8 @@ def start(rank: int, count: int, port: int, job: dict, steps: int) -> int:
     status = 1
     try:
         status = child(rank, count, port, job, steps)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

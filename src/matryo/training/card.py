@@ -106,7 +106,8 @@ def write_readme(folder: Path, card: Card, config: TrainConfig) -> None:
         "```",
         "",
         f"Started from {config.base or 'scratch (a static encoder: token vectors and their mean)'}; trained with "
-        "nested InfoNCE (Matryoshka Representation Learning, arXiv 2205.13147).",
+        f"nested {', '.join(dict.fromkeys(one.loss for one in config.sets()))} (Matryoshka Representation Learning, "
+        "arXiv 2205.13147).",
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 

@@ -186,7 +186,8 @@ class _Values:
 
     def __init__(self, dataset: Dataset) -> None:
         plain = dataset.with_format(None)
-        self.columns = {name: plain[name][:] for name in plain.column_names if name not in BESIDE}
+        self.column_names = [name for name in plain.column_names if name not in BESIDE]
+        self.columns = {name: plain[name][:] for name in self.column_names}
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -202,13 +203,7 @@ def batches_without_duplicates(dataset: Dataset, **options: Any) -> DefaultBatch
 
 def batches_by_label(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
     """sentence-transformers' sampler that puts at least two rows of each of its classes into a batch."""
-    try:
-        return GroupByLabelBatchSampler(dataset.with_format(None), **options)
-    except ValueError as error:
-        raise InputError(
-            f"a loss that compares rows of one class needs an even batch_size of at least 4, got "
-            f"{options['batch_size']}, and two classes of at least two rows ({error})"
-        ) from error
+    return GroupByLabelBatchSampler(dataset.with_format(None), **options)
 
 
 class Teacher:
@@ -246,6 +241,23 @@ def spread(sets: Sequence[Rows], most: int) -> list[str]:
     """Documents at even distances through all data sets."""
     documents = [text for rows in sets for text in rows.documents]
     return documents[:: max(1, len(documents) // most)][:most]
+
+
+def check_batches(sets: Sequence[Rows], batch_size: int) -> None:
+    """Raise where a loss that compares rows of one class would find none to compare."""
+    for rows in sets:
+        if not rows.recipe.by_label:
+            continue
+        if batch_size < 4 or batch_size % 2:
+            raise InputError(
+                f"loss {rows.config.loss!r} compares rows of one class and takes two of each at a time; it needs "
+                f"an even batch_size of at least 4, got {batch_size}"
+            )
+        if (np.bincount(rows.labels) >= 2).sum() < 2:  # type: ignore[arg-type]
+            raise InputError(
+                f"{rows.config.path}: loss {rows.config.loss!r} compares rows of one class with others; it needs at "
+                "least two classes of at least two rows"
+            )
 
 
 def batches(sets: Sequence[Rows], batch_size: int, mixing: str, drop_last: bool) -> int:

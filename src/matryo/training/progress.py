@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,10 +105,12 @@ def graceful_stop() -> Iterator[threading.Event]:
 def quiet() -> Iterator[None]:
     """Progress is ours to report: keep the trainer's own notes out of the way."""
     noise: Any = transformers.logging
-    level = noise.get_verbosity()
+    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
     own = logging.getLogger("sentence_transformers")
     before = own.level
     noise.set_verbosity_error()
+    if not sys.stderr.isatty():
+        noise.disable_progress_bar()
     own.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -116,4 +119,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         noise.set_verbosity(level)
+        if bars:
+            noise.enable_progress_bar()
         own.setLevel(before)

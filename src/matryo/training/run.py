@@ -3,7 +3,8 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from matryo.core.errors import DamagedError, InputError
@@ -26,13 +28,23 @@ from matryo.encoders.static import StaticEncoder
 from matryo.training import processes
 from matryo.training.card import int8_scales, score_rows, versions, write_readme
 from matryo.training.config import TrainConfig
-from matryo.training.data import RowCollator, Rows, Teacher, batches, read_sets, spread, text_datasets, token_datasets
+from matryo.training.data import (
+    RowCollator,
+    Rows,
+    Teacher,
+    batches,
+    check_batches,
+    read_sets,
+    spread,
+    text_datasets,
+    token_datasets,
+)
 from matryo.training.dev import DevEvaluator, Encode, read_dev
 from matryo.training.distributed import check_agreement
 from matryo.training.heads import describe, save_heads
 from matryo.training.lora import add_adapter, merged
 from matryo.training.objective import NestedObjective, Part
-from matryo.training.progress import Reporter, Step, graceful_stop, quiet
+from matryo.training.progress import Reporter, Step, graceful_stop, quiet, ran_out
 from matryo.training.row_adam import RowAdam
 from matryo.training.static import make_row_sparse, new_static
 from matryo.training.trainer import NestedTrainer, checkpoints
@@ -134,7 +146,8 @@ class _Run:
             module_types(Path(config.base))
         model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
         if config.lora is not None:
-            add_adapter(model, config.lora)
+            with _seeded(config.seed):
+                add_adapter(model, config.lora)
         return model
 
     def _check_fit(self) -> None:
@@ -145,6 +158,7 @@ class _Run:
             raise InputError(f"best={best} needs a dev set to measure on; give dev")
         if self.static and self.config.mini_batch_size is not None:
             raise InputError("mini_batch_size saves activations, and a static encoder has none; leave it out")
+        check_batches(self.sets, self.config.batch_size)
         if self._batches() < 1:
             raise InputError(
                 f"several processes take whole batches only, and batch_size {self.config.batch_size} is more than the "
@@ -156,9 +170,7 @@ class _Run:
 
     def _objective(self) -> NestedObjective:
         config = self.config
-        # A head's first weights depend on the seed alone: not on the run's random state, nor on the process.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with _seeded(config.seed):
             parts = {rows.name: self._part(rows) for rows in self.sets}
         keep = config.sample_widths
         sampler = None if keep is None else WidthSampler(self.nesting, keep, config.seed)
@@ -222,7 +234,12 @@ class _Run:
                 "this trainer keeps whole weights on every process (DDP); start it without FSDP and DeepSpeed, or use "
                 "the losses in a loop of your own"
             )
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        before = TrainerState.load_from_json(str(found[-1] / "trainer_state.json")) if found else None
+        if before is not None and ran_out(before.log_history, _best_key(config.best), config.patience):
+            # It had stopped early, and was interrupted while its folder was written.
+            trainer.state = before
+        else:
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
         if trainer.state.best_model_checkpoint and config.best != "last" and not stop.is_set():
             trainer.restore(trainer.state.best_model_checkpoint)
         self.steps = trainer.state.global_step
@@ -318,6 +335,14 @@ class _Run:
         write_readme(out, card, config)
         write_card(out, card)
         shutil.rmtree(self.work)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is made here starts from the seed alone: not from what was drawn before, nor by which process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _declare_widths(model: SentenceTransformer, nesting: Nesting) -> None:
