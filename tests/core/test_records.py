@@ -8,9 +8,11 @@ from matryo.core.errors import InputError
 from matryo.core.records import (
     check_texts,
     check_vectors,
+    read_labelled,
     read_pairs,
     read_retrieval,
     read_sts,
+    read_texts,
     read_vectors,
     rows,
 )
@@ -183,9 +185,29 @@ def test_sts(tmp_path):
     for bad in ({"score": "high"}, {"score": None}, {}):
         with pytest.raises(InputError, match="line 3: 'score' must be a number"):
             read_sts(jsonl(tmp_path / "x.jsonl", *good, {"sentence1": "a", "sentence2": "b", **bad}))
+    pairs = [{"anchor": "a", "positive": "b", "score": n} for n in (0, 1)]
+    assert read_sts(jsonl(tmp_path / "pairs.jsonl", *pairs)).second == ["b", "b"]
+    (tmp_path / "nan.csv").write_text("sentence1,sentence2,score\na,b,1\na,b,nan\n")
+    with pytest.raises(InputError, match="line 3: 'score' must be finite, got 'nan'"):
+        read_sts(tmp_path / "nan.csv")
     for few in (good[:1], [good[0], good[0]]):
         with pytest.raises(InputError, match="at least two pairs"):
             read_sts(jsonl(tmp_path / "x.jsonl", *few))
+
+
+def test_labelled_texts(tmp_path):
+    good = [{"text": "a", "label": "x"}, {"text": "b", "label": 3}]
+    got = read_labelled(jsonl(tmp_path / "x.jsonl", *good))
+    assert (got.texts, got.labels, len(got)) == (["a", "b"], ["x", "3"], 2)
+    for label, said in ((None, "is missing"), (" ", "is missing"), (True, "must be text or a whole number, got True"),
+                        (1.5, "must be text or a whole number, got 1.5")):  # fmt: skip
+        with pytest.raises(InputError, match=f"line 3: column 'label' {said}; name the row's class or remove the row"):
+            read_labelled(jsonl(tmp_path / "x.jsonl", *good, {"text": "c", "label": label}))
+    with pytest.raises(InputError, match=r"at least two classes in columns text and label, got \['x'\]"):
+        read_labelled(jsonl(tmp_path / "x.jsonl", good[0], good[0]))
+    assert read_texts(tmp_path / "x.jsonl") == ["a", "a"]
+    with pytest.raises(InputError, match="no rows; expected a column text"):
+        read_texts(jsonl(tmp_path / "empty.jsonl"))
 
 
 def test_vectors_from_every_kind_of_file(tmp_path):

@@ -90,6 +90,11 @@ def test_what_belongs_to_a_width_follows_it(tmp_path):
     assert (got.widths, got.weights, got.best, got.base) == ((8, 32), (1, 0), 8, "b")
     assert alone(based, 32, 32, tmp_path).widths == (32,)
     assert alone(based.model_copy(update={"best": "last"}), 8, 32, tmp_path).best == "last"
+    several = [{"path": "q", "loss": "cosent", "loss_args": {"scale": [1, 2, 3], "learn": "scale"}}, {"path": "r"}]
+    mixed = TrainConfig(data=several, out="o", base="b", widths=(8, 16, 32), sample_widths=2)
+    got = alone(mixed, 16, 32, tmp_path)
+    assert [one.loss_args for one in got.data] == [{"scale": [2, 2], "learn": "scale"}, {}]
+    assert got.sample_widths is None
     for update in ({}, {"dev": None}):
         assert alone(recipe.model_copy(update=update), 32, 32, tmp_path).best == "mean"
 

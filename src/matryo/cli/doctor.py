@@ -24,6 +24,7 @@ EXTRAS = {
         "PyYAML",
         "matplotlib",
     ),
+    "lora": ("peft",),
     "eval": ("scikit-learn", "scipy", "matplotlib", "Jinja2"),
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "avx512_vpopcntdq", "asimd", "sve")

@@ -89,39 +89,64 @@ def alone(recipe: "TrainConfig", width: int, full: int, out: Path) -> "TrainConf
     """The recipe of a nested model of `full` dimensions, for one width alone."""
     from matryo.training import TrainConfig
 
-    changes: dict[str, Any] = {"out": out, "widths": (width,), "weights": None}
+    changes: dict[str, Any] = {"out": out, "widths": (width,), "weights": None, "sample_widths": None}
     if recipe.best != "last":
         changes["best"] = "mean"
-    per_width = recipe.temperature
-    if isinstance(per_width, tuple):
-        trained = recipe.nesting(full).widths
-        changes["temperature"] = per_width[next(n for n, w in enumerate(trained) if w >= width)]
+    trained, count = recipe.nesting(full).widths, 1
     if recipe.base is None and recipe.static.vectors is None:
         changes["static"] = recipe.static.model_copy(update={"width": width})
     elif width < full:
+        count = 2
         changes |= {"widths": (width, full), "weights": (1.0, 0.0)}
         if recipe.dev and recipe.best != "last":
             changes["best"] = width
-        if "temperature" in changes:
-            changes["temperature"] = (changes["temperature"],) * 2
+    place = next(n for n, w in enumerate(trained) if w >= width)
+    if isinstance(recipe.temperature, tuple):
+        mine = recipe.temperature[place]
+        changes["temperature"] = mine if count == 1 else (mine,) * count
+    changes["loss_args"] = _at_width(recipe.loss, recipe.loss_args, place, count)
+    changes["data"] = tuple(
+        one.model_copy(update={"loss_args": _at_width(one.loss, one.loss_args, place, count)}) for one in recipe.data
+    )
     return TrainConfig(**{**dict(recipe), **changes})
+
+
+def _at_width(loss: str, arguments: dict[str, Any], place: int, count: int) -> dict[str, Any]:
+    """Arguments of a loss that has one value per width, for `count` widths that all take the value in one place."""
+    from matryo.training.objectives import recipe
+
+    per_width = {*recipe(loss).learnable(), *recipe(loss).nestings()}
+    return {
+        name: [value[place]] * count if name in per_width and isinstance(value, (list, tuple)) else value
+        for name, value in arguments.items()
+    }
 
 
 def _recipe(model: Model) -> "TrainConfig":
     """What a model was trained with, its pairs unchanged since."""
     training = model.card.training
-    if not isinstance(training.get("config"), dict) or not isinstance(training.get("pairs"), dict):
+    rows = _rows(model)
+    if not isinstance(training.get("config"), dict) or not rows:
         raise InputError(f"{model.name} does not say how it was trained; {OTHERWISE}")
     from matryo.training import TrainConfig
 
     recipe = TrainConfig(**{**training["config"], "out": Path(model.name)})
-    if not recipe.pairs.is_file():
-        raise InputError(f"{model.name} was trained on {recipe.pairs}, which is not there; put it back, or {OTHERWISE}")
-    if digest(recipe.pairs) != training["pairs"].get("blake2b"):
-        raise InputError(
-            f"{recipe.pairs} has changed since {model.name} was trained on it; put it back, or {OTHERWISE}"
-        )
+    for one, record in zip(recipe.sets(), rows.values(), strict=True):
+        if not one.path.is_file():
+            raise InputError(f"{model.name} was trained on {one.path}, which is not there; put it back, or {OTHERWISE}")
+        if digest(one.path) != record.get("blake2b"):
+            raise InputError(
+                f"{one.path} has changed since {model.name} was trained on it; put it back, or {OTHERWISE}"
+            )
     return recipe
+
+
+def _rows(model: Model) -> dict[str, Any]:
+    """What identifies each file of rows that a model was trained on."""
+    training = model.card.training
+    rows = training.get("data", {"pairs": training.get("pairs")})
+    known = isinstance(rows, dict) and all(isinstance(record, dict) for record in rows.values())
+    return rows if known else {}
 
 
 def _finished(config: "TrainConfig", model: Model) -> Model | None:
@@ -130,6 +155,6 @@ def _finished(config: "TrainConfig", model: Model) -> Model | None:
         return None
     found = load(config.out)
     recorded = {**found.card.training.get("config", {}), "out": config.out}
-    if found.card.training.get("pairs") != model.card.training["pairs"] or type(config)(**recorded) != config:
+    if _rows(found) != _rows(model) or type(config)(**recorded) != config:
         raise InputError(f"{config.out} holds a model of another recipe than {model.name}'s; choose another folder")
     return found

@@ -77,7 +77,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[Step],
         KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished step is on disk. A second Ctrl-C stops at once.
         StorageError: the disk refused; earlier checkpoints are whole.
     """
-    processes.join(config.device)
+    # A new static encoder is trained on the CPU unless told otherwise.
+    processes.join(config.device or ("cpu" if config.base is None else None))
     run = _Run(config, resume)
     if run.finished:
         return load(config.out)
@@ -312,6 +313,7 @@ class _Run:
         encode = self._encode(self.model)
         _declare_widths(self.model, self.nesting)
         self.model.save_pretrained(str(out), create_model_card=False)
+        save_heads(out, self.objective)
         for weights in out.rglob("*.safetensors"):
             # safetensors lets only the owner read; a server is often someone else.
             weights.chmod((out / "modules.json").stat().st_mode)
@@ -327,7 +329,6 @@ class _Run:
                 "versions": versions(),
             },
         )
-        save_heads(out, self.objective)
         if self.static:
             # Static folders have no config.json of their own; this is the key that servers read the widths from.
             serving = {"is_matryoshka": True, "matryoshka_dimensions": list(self.nesting.widths)}
