@@ -1,6 +1,10 @@
 """Training in several processes: the same result as in one, one set of files, and the same bits after a kill."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import matryo as mt
+from matryo.core.errors import InputError
 from matryo.training import TrainConfig, train
 from matryo.training.trainer import checkpoints
 
@@ -97,6 +102,8 @@ def test_checkpoints_hold_one_random_state_a_process(trainers, row_files, tmp_pa
     for path in found:
         assert {"random_0.json", "random_1.json"} <= {file.name for file in path.iterdir()}
         mt.load(path)
+    with pytest.raises(InputError, match=r"cannot resume .*: processes changed since it was started"):
+        train(TrainConfig(**{**SMALL, "pairs": row_files["pairs"], "out": out}), resume=True)
 
 
 def test_mistakes_of_several_processes(trainers, row_files, tmp_path):
@@ -132,3 +139,43 @@ def test_killed_processes_resume_to_the_same_bits_again_and_again(trainers, row_
         for file in ("model.safetensors", "matryo.json"):
             one, two = (tmp_path / name / "model" / file for name in ("whole", f"killed-{n}"))
             assert one.read_bytes() == two.read_bytes(), (n, file)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_transformer_in_mini_batches_on_two_processes(trainers, minilm, debian_rows, tmp_path):
+    """Dropout draws on every process, the dev set is measured by both, one writes; killed, resumed, the same."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"anchor": row["anchor"], "positive": row["positive"][:60]} for row in debian_rows[:24]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"pairs": file, "dev": file, "base": str(minilm), "widths": [64, 384], "batch_size": 12, "epochs": 2}
+    options |= {"device": "cpu", "save_steps": 1, "lora": 4, "learning_rate": 1e-3, "mini_batch_size": 4}
+    jobs = [
+        {"config": {**options, "out": tmp_path / name / "model"}, "kill": kill, "resume": resume}
+        for name, kill, resume in (("whole", None, False), ("killed", 3, False), ("killed", None, True))
+    ]
+    statuses, said = trainers(jobs)
+    assert statuses == [[0, 0], [-9, -9], [0, 0]], said
+    for file in ("model.safetensors", "matryo.json"):
+        one, two = (tmp_path / name / "model" / file for name in ("whole", "killed"))
+        assert one.read_bytes() == two.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_keeps_a_checkpoint_of_the_same_step(row_files, tmp_path):
+    """The terminal sends it to every process, and torchrun once more to those it started."""
+    options = tmp_path / "small.yaml"
+    options.write_text("static: {width: 32, vocabulary: 500}\nbatch_size: 20\nepochs: 400\nsave_steps: 1000\n")
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "matryo", "train"]
+    line += [row_files["pairs"], "--config", options, "--out", tmp_path / "model"]
+    ran = subprocess.Popen([sys.executable, *map(str, line)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    said = ""
+    while "step 20/" not in said:
+        more = ran.stderr.readline()
+        assert more, said
+        said += more
+    os.killpg(ran.pid, signal.SIGINT)
+    said += ran.communicate(timeout=60)[1]
+    assert said.count("matryo: interrupted; finished steps are kept in") == 2
+    (kept,) = checkpoints(tmp_path / "model" / "checkpoints")
+    assert {"random_0.json", "random_1.json"} <= {file.name for file in kept.iterdir()}
+    mt.load(kept)

@@ -27,7 +27,7 @@ class Step:
     scores: dict[str, float] = field(default_factory=dict)
     """Dev scores, `width_<d>` and `mean`; empty unless just measured."""
     data: str | None = None
-    """Of several data sets, the one whose losses these are."""
+    """Of several data sets, or of several codes, the one whose losses these are."""
 
 
 class Reporter(TrainerCallback):

@@ -108,9 +108,13 @@ class _Run:
         self.nesting = config.nesting(int(self.model.get_embedding_dimension() or 0))
         self._check_fit()
         self.dev = dev and DevEvaluator(dev, self.nesting, config.metric, self._encode)
-        one = {"pairs": self.sets[0].record()} if config.pairs else {}
-        several = {} if config.pairs else {"data": {rows.name: rows.record() for rows in self.sets}}
-        self.identity = {"config": _plain(config), **one, **several}
+        self.identity: dict[str, Any] = {"config": _plain(config)}
+        if config.pairs:
+            self.identity["pairs"] = self.sets[0].record()
+        else:
+            self.identity["data"] = {rows.name: rows.record() for rows in self.sets}
+        if processes.count() > 1:
+            self.identity["processes"] = processes.count()
         self.objective = self._objective()
         self.teachers = {rows.name: Teacher(rows) for rows in self.sets if rows.config.teacher}
         self.dataset, self.collator = self._data()
@@ -196,7 +200,8 @@ class _Run:
                 raise DamagedError(f"{path} cannot be read ({error}); choose another folder and start anew") from error
             if before != json.loads(text):
                 changed = [k for k, v in self.identity["config"].items() if before["config"].get(k) != v]
-                changed = changed or ["pairs" if self.config.pairs else "data"]
+                changed += [k for k in self.identity.keys() | before.keys() if before.get(k) != self.identity.get(k)]
+                changed = sorted({*changed} - {"config"})
                 raise InputError(f"cannot resume {self.config.out}: {', '.join(changed)} changed since it was started")
             return
         if processes.is_main():
