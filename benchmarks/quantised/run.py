@@ -10,6 +10,8 @@ writes no rows). Rows go to results/rows.jsonl.
 """
 
 import argparse
+import gzip
+import itertools
 import sys
 import tempfile
 import time
@@ -17,29 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from torch import Tensor
-from transformers.trainer_callback import PrinterCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import matryo as mt
 from common import save
-from matryo.core.records import Pairs, Retrieval, read_pairs, read_retrieval
+from matryo.core.records import Retrieval, read_retrieval
 from matryo.demo import DATA
 from matryo.demo.run import VOCABULARY, WIDTHS
 from matryo.encoders.static import StaticEncoder
 from matryo.evaluation.bootstrap import Resampling, mean_draws
-from matryo.losses import nested_quantised_info_nce
-from matryo.training.config import StaticConfig
-from matryo.training.objective import NestedObjective
-from matryo.training.row_adam import RowAdam
-from matryo.training.static import BagCollator, TokenBags, make_row_sparse, new_static
-from matryo.training.trainer import NestedTrainer
 
 METRIC, CODES = "nDCG@10", ("float32", "int8", "binary")
-TEMPERATURE, RATE, BATCH = 0.065, 0.2, 1024
+TEMPERATURE = 0.065
 """What `matryo train` takes for a static model by default."""
 SIGN_WEIGHTS = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
 """16 and 32 bits are too few to search by, and what fits them does not fit the bits that follow."""
@@ -48,70 +39,30 @@ SIGN_TEMPERATURES = (0.15, 0.12, 0.09, 0.065, 0.05, 0.045)
 Scores = dict[tuple[str, int], np.ndarray]
 
 
-class QuantisedObjective(NestedObjective):
-    """The demo's objective with a term for signs."""
-
-    def __init__(self, model: SentenceTransformer, options: Any) -> None:
-        super().__init__(model, mt.Nesting(WIDTHS), TEMPERATURE, False)
-        self.codes = {"float32": 1.0, "binary": options.weights}
-        self.temperatures = {"float32": TEMPERATURE, "binary": options.temperatures}
-        self.clip = options.clip
-
-    def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        anchors, *others = self.embed(features)
-        total, values = nested_quantised_info_nce(
-            anchors,
-            torch.cat(others),
-            nesting=self.nesting,
-            codes=self.codes,
-            temperature=self.temperatures,
-            clip=self.clip,
-            group=labels,
-            per_width=True,
-        )
-        return total, values["binary"]
-
-
-def trained(aware: bool, pairs: Pairs, options: Any, seed: int) -> StaticEncoder:
-    model = new_static(StaticConfig(width=WIDTHS[-1], vocabulary=VOCABULARY), pairs, seed)
-    bags = {
-        name: TokenBags(model[0].tokenizer, texts, name)
-        for name, texts in (("anchor", pairs.anchors), ("positive", pairs.positives))
-    }
-    make_row_sparse(model)
+def trained(aware: bool, pairs: Path, options: Any, seed: int) -> StaticEncoder:
+    arguments: dict[str, Any] = {"temperature": TEMPERATURE}
     if aware:
-        objective: NestedObjective = QuantisedObjective(model, options)
-    else:
-        objective = NestedObjective(model, mt.Nesting(WIDTHS), TEMPERATURE, False)
+        arguments = {
+            "codes": {"float32": 1.0, "binary": options.weights},
+            "temperature": {"float32": TEMPERATURE, "binary": options.temperatures},
+            "clip": options.clip,
+        }
     with tempfile.TemporaryDirectory() as folder:
-        steps = -(-len(pairs) // BATCH) * options.epochs
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
-            warmup_steps=round(0.1 * steps),
-            lr_scheduler_type="linear",
-            max_grad_norm=0.0,
-            use_cpu=True,
+        config = mt.TrainConfig(
+            pairs=pairs,
+            out=Path(folder) / "model",
+            static={"width": WIDTHS[-1], "vocabulary": VOCABULARY},
+            widths=WIDTHS,
+            loss="quantised_info_nce" if aware else "info_nce",
+            loss_args=arguments,
+            epochs=options.epochs,
             seed=seed,
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+            best="last",
+            device="cpu",
         )
-        trainer = NestedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_dict({name: range(len(pairs)) for name in bags}),
-            loss=objective,
-            data_collator=BagCollator(bags),
-            optimizers=(RowAdam(model.parameters(), lr=RATE), None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return StaticEncoder(model[0].tokenizer, model[0].embedding.weight.detach().numpy().copy())
+        encoder = mt.train(config).encoder
+    assert isinstance(encoder, StaticEncoder)
+    return encoder
 
 
 def measured(encoder: StaticEncoder, task: Retrieval) -> Scores:
@@ -144,10 +95,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    pairs = read_pairs(DATA / "train.jsonl.gz")
+    pairs = DATA / "train.jsonl.gz"
     if options.smoke:
-        pairs = Pairs(pairs.anchors[:600], pairs.positives[:600])
         options.epochs, options.seeds = 1, [0]
+        pairs = Path(tempfile.mkdtemp()) / "pairs.jsonl"
+        with gzip.open(DATA / "train.jsonl.gz", "rt") as stream:
+            pairs.write_text("".join(itertools.islice(stream, 600)))
     task = read_retrieval(DATA / "retrieval", options.split)
     setting = {name: getattr(options, name) for name in ("split", "weights", "temperatures", "clip", "epochs")}
     rows, kept = [], []

@@ -15,6 +15,7 @@ from torch import nn
 import matryo as mt
 from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.prefix import Nesting
+from matryo.losses import nested_quantised_info_nce
 from matryo.training import DataConfig, LoraConfig, TrainConfig, train
 from matryo.training.data import Rows, batches_by_label, batches_without_duplicates, token_datasets
 from matryo.training.objective import Batch, NestedObjective, Part
@@ -250,3 +251,18 @@ def test_learned_arguments_stay_positive_and_get_a_gradient():
     part(Batch([rows, rows.flip(0)]), Nesting([4]))[0].backward()
     assert part.learned["temperature"].grad[0] == 0
     assert part.learned["temperature"].grad[1] != 0
+
+
+def test_values_per_width_and_code_follow_the_widths_of_a_step():
+    codes = {"float32": 1.0, "binary": [0.0, 2.0, 3.0]}
+    part = Part("quantised_info_nce", {"codes": codes, "temperature": {"float32": 0.1, "binary": [0.3, 0.2, 0.1]}},
+                Nesting([8, 16, 32]))  # fmt: skip
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    drawn = Nesting([16, 32], [5.0, 1.0])
+    total, values = part(Batch([rows, rows.flip(0)]), drawn)
+    expected = nested_quantised_info_nce(
+        rows, rows.flip(0), nesting=drawn, codes={"float32": 1.0, "binary": [2.0, 3.0]},
+        temperature={"float32": 0.1, "binary": [0.2, 0.1]},
+    )  # fmt: skip
+    assert total == expected
+    assert {code: len(each) for code, each in values.items()} == {"float32": 2, "binary": 2}

@@ -115,11 +115,7 @@ def _at_width(loss: str, arguments: dict[str, Any], place: int, count: int) -> d
     """Arguments of a loss that has one value per width, for `count` widths that all take the value in one place."""
     from matryo.training.objectives import recipe
 
-    per_width = {*recipe(loss).learnable(), *recipe(loss).nestings()}
-    return {
-        name: [value[place]] * count if name in per_width and isinstance(value, (list, tuple)) else value
-        for name, value in arguments.items()
-    }
+    return {name: recipe(loss).at(name, value, [place] * count) for name, value in arguments.items()}
 
 
 def _recipe(model: Model) -> "TrainConfig":

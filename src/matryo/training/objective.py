@@ -59,8 +59,7 @@ class Part(nn.Module):
         super().__init__()
         self.loss, self.recipe, self.nesting, self.weight = loss, recipe(loss), nesting, weight
         given = check_arguments(loss, arguments)
-        self.per_width = {*self.recipe.learnable(), *self.recipe.nestings()}
-        for name in self.per_width & given.keys():
+        for name in {*self.recipe.learnable(), *self.recipe.nestings()} & given.keys():
             if isinstance(given[name], Sequence) and len(given[name]) != len(nesting):
                 raise InputError(f"{name}: {len(given[name])} values for {len(nesting)} widths")
         learn = given.pop("learn", ())
@@ -110,10 +109,7 @@ class Part(nn.Module):
     def _options(self, nesting: Nesting) -> dict[str, Any]:
         """Arguments of the loss for the widths of a step."""
         places = [self.nesting.widths.index(width) for width in nesting.widths]
-        options = {
-            name: [value[n] for n in places] if name in self.per_width and isinstance(value, Sequence) else value
-            for name, value in self.options.items()
-        }
+        options = {name: self.recipe.at(name, value, places) for name, value in self.options.items()}
         for name in self.recipe.nestings():
             if options.get(name) is not None:
                 options[name] = Nesting(options[name])

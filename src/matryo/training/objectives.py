@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -64,6 +64,13 @@ class Recipe:
         """Arguments that are widths of the teacher."""
         return [name for name, p in self.signature.items() if name not in OWN and Nesting in _members(p.annotation)]
 
+    def at(self, name: str, value: Any, places: Sequence[int]) -> Any:
+        """The value of an argument for some of the widths, by their places: what holds for all widths as it is."""
+        if isinstance(value, Mapping):
+            return {code: [each[n] for n in places] if _is_list(each) else each for code, each in value.items()}
+        per_width = name in self.learnable() or name in self.nestings()
+        return [value[n] for n in places] if per_width and _is_list(value) else value
+
 
 BOTH_WAYS = {"symmetric": bool}
 HEAD = {"tied": bool, "normalize": bool}
@@ -84,6 +91,10 @@ RECIPES: dict[str, Recipe] = {
     "kl": Recipe("lists", "nested_kl", other_rows=False, teacher=True),
 }
 """Every loss by the name that `TrainConfig(loss=...)` and `--loss` take."""
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def recipe(name: str) -> Recipe:
