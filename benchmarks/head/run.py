@@ -89,8 +89,9 @@ def main() -> None:
     for case, shape in (SMOKE if options.smoke else CASES).items():
         runs = contenders(*shape)
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(1 + (2 if options.smoke else options.rounds)):
-            for name, run in runs.items():
+        for turn in range(1 + (2 if options.smoke else options.rounds)):
+            # There and back: what one contender leaves in the allocator and the caches meets each of the others.
+            for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
                 start = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - start)

@@ -51,13 +51,14 @@ def make(blocks, classes, size, seed, *, dtype=torch.float64, **options):
     tied=st.booleans(),
     normalize=st.booleans(),
     chunk=st.sampled_from([1, 40, 200, classify.CHUNK_SCORES]),
+    scratch=st.sampled_from([2, classify.FROM_SCRATCH]),
 )
-def test_exact_in_float64(blocks, classes, size, seed, kept, smoothing, tied, normalize, chunk):
+def test_exact_in_float64(blocks, classes, size, seed, kept, smoothing, tied, normalize, chunk, scratch):
     features, labels, head = make(blocks, classes, size, seed, tied=tied, normalize=normalize)
     widths = head.nesting.widths
     some = [w for n, w in enumerate(widths) if kept >> n & 1 or w == widths[-1]]
     nesting = mt.Nesting(some, [0.5 + n for n in range(len(some))])
-    with mock.patch.object(classify, "CHUNK_SCORES", chunk):
+    with mock.patch.multiple(classify, CHUNK_SCORES=chunk, FROM_SCRATCH=scratch):
         fast = nested_cross_entropy(features, labels, head, nesting=nesting, label_smoothing=smoothing)
     slow = slow_twin(features, labels, head, nesting, smoothing)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)

@@ -24,8 +24,11 @@ from matryo.losses.checks import check_embeddings, check_finite, check_labels
 from matryo.losses.widths import wide_type
 
 CHUNK_SCORES = 24 << 20
-"""Logits that all L buffers of a chunk hold together: 96 MB of float32. Every chunk reads the whole weight once more,
-so fewer and larger chunks are better here than in a contrastive loss."""
+"""Logits that the buffers of a chunk hold together: 96 MB of float32. Every chunk reads the whole weight once more, so
+fewer and larger chunks are better here than in a contrastive loss."""
+FROM_SCRATCH = 16
+"""Widths up to D over this are worked on after the wider ones and in the same buffers. The wider ones do not start from
+their logits then: D / 16 columns more of one product, for about half of the buffers when widths double."""
 NARROW = 16
 """Products whose result has fewer columns than this are taken transposed, which CPU libraries do 10 times as fast."""
 
@@ -204,43 +207,51 @@ class _Sweep:
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor, nesting: Nesting, smoothing: float) -> None:
         self.features, self.weight, self.bias = features, weight, bias
         self.nesting, self.blocks, self.smoothing = nesting, nesting.blocks, smoothing
-        levels, classes = len(nesting), len(weight)
-        self.rows = min(len(features), max(1, CHUNK_SCORES // (levels * classes)))
-        self.logits = features.new_empty(levels, self.rows, classes)
+        narrow = sum(width * FROM_SCRATCH <= nesting.D for width in nesting.widths)
+        self.groups = [range(narrow, len(nesting)), range(narrow)]
+        buffers, classes = max(len(levels) for levels in self.groups), len(weight)
+        self.rows = min(len(features), max(1, CHUNK_SCORES // (buffers * classes)))
+        self.logits = features.new_empty(buffers, self.rows, classes)
         self.chances, self.suffix = (features.new_empty(self.rows, classes) for _ in range(2))
 
     def run(self, labels: Tensor, needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """(L,) loss at each width, and the gradients of features, weight and bias that are needed (else None)."""
-        size, levels = len(self.features), len(self.blocks)
-        values = self.features.new_zeros(levels)
+        size = len(self.features)
+        values = self.features.new_zeros(len(self.blocks))
         gradients = [
             torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
             for x, wanted in zip((self.features, self.weight, self.bias), needed, strict=True)
         ]
         for start in range(0, size, self.rows):
             rows = slice(start, min(start + self.rows, size))
-            self._fill_logits(rows)
             suffix = self.suffix[: rows.stop - start].zero_() if any(needed) else None
-            for level in reversed(range(levels)):
-                values[level] += self._level(level, labels[rows], suffix)
-                if suffix is not None:
-                    self._add_products(level, rows, suffix, gradients)
+            for levels in self.groups:
+                for level, logits in reversed(list(zip(levels, self._logits(levels, rows), strict=True))):
+                    values[level] += self._level(level, logits, labels[rows], suffix)
+                    if suffix is not None:
+                        self._add_products(level, rows, suffix, gradients)
             if suffix is not None and gradients[2] is not None:
                 # After the narrowest width the suffix sum is the sum over all widths, which the shared bias needs.
                 total = suffix.sum(0)
                 gradients[2] = total if start == 0 else gradients[2].add_(total)
         return values, gradients
 
-    def _fill_logits(self, rows: slice) -> None:
-        below = self.bias
-        for block, buffer in zip(self.blocks, self.logits, strict=True):
-            part = self.features[rows, block]
-            below = torch.addmm(below, part, self.weight[:, block].T, out=buffer[: len(part)])
+    def _logits(self, levels: range, rows: slice) -> list[Tensor]:
+        """(R, C) logits at each of these widths, in buffers that the next call overwrites."""
+        logits: list[Tensor] = []
+        start, below = 0, self.bias
+        for level, buffer in zip(levels, self.logits, strict=False):
+            stop = self.nesting.widths[level]
+            part = self.features[rows, start:stop]
+            below = torch.addmm(below, part, self.weight[:, start:stop].T, out=buffer[: len(part)])
+            logits.append(below)
+            start = stop
+        return logits
 
-    def _level(self, level: int, labels: Tensor, suffix: Tensor | None) -> Tensor:
+    def _level(self, level: int, logits: Tensor, labels: Tensor, suffix: Tensor | None) -> Tensor:
         """This chunk's share of the loss at one width; takes its gradient by the logits into `suffix`."""
         share, classes = 1 / len(self.features), len(self.weight)
-        logits, chances = self.logits[level, : len(labels)], self.chances[: len(labels)]
+        chances = self.chances[: len(labels)]
         torch.softmax(logits, 1, out=chances)
         # The largest chance is exp(top - log_sum) and never below 1 / C, so its logarithm loses nothing; the label's
         # own chance may be 0.
