@@ -250,6 +250,13 @@ def test_rows_that_do_not_fit_the_loss(config, row_files, options, said):
     assert not config().out.exists()
 
 
+@pytest.mark.parametrize("name", ["train", "type", "forward", "keys"])
+def test_any_name_of_a_pairs_file(name, config, pairs_file, tmp_path):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(pairs_file.read_bytes())
+    assert train(config(pairs=path, epochs=1, max_steps=1)).nesting.D == 32
+
+
 def test_data_sets_of_one_name(config, row_files):
     same = [DataConfig(path=row_files["pairs"]), DataConfig(path=row_files["pairs"])]
     model = train(config(pairs=None, data=same, max_steps=2))

@@ -139,7 +139,9 @@ class NestedObjective(nn.Module):
         super().__init__()
         self.model = model
         self.nesting = nesting
-        self.parts = nn.ModuleDict(parts)
+        # A ModuleDict would refuse a data set named like one of a module's own attributes, "train" among them.
+        self.parts = dict(parts)
+        self.losses = nn.ModuleList(parts.values())
         self.sampler = sampler
         self.mini_batch_size = mini_batch_size
 

@@ -217,7 +217,7 @@ class _Run:
         if self.static:
             make_row_sparse(self.model)
             groups = [{"params": list(self.model.parameters())}]
-            extra = list(self.objective.parts.parameters())
+            extra = list(self.objective.losses.parameters())
             if extra:
                 groups.append({"params": extra, "lr": config.head_rate(True)})  # type: ignore[dict-item]
             optimizers = (RowAdam(groups, lr=config.rate(True)), None)
@@ -258,7 +258,7 @@ class _Run:
 
     def _arguments(self) -> SentenceTransformerTrainingArguments:
         config, an_epoch, several = self.config, self._batches(), processes.count() > 1
-        extra = any(True for _ in self.objective.parts.parameters())
+        extra = any(True for _ in self.objective.losses.parameters())
         steps = min(an_epoch * config.epochs, config.max_steps or an_epoch * config.epochs)
         often = {"steps": config.save_steps} if config.save_steps else {"epoch": None}
         strategy = next(iter(often))
