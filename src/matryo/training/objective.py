@@ -139,7 +139,7 @@ class NestedObjective(nn.Module):
         super().__init__()
         self.model = model
         self.nesting = nesting
-        # A ModuleDict would refuse a data set named like one of a module's own attributes, "train" among them.
+        # A ModuleDict refuses a data set named like an attribute of a module, "train" among them.
         self.parts = dict(parts)
         self.losses = nn.ModuleList(parts.values())
         self.sampler = sampler
