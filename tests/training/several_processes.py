@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 import matryo as mt
 from matryo.losses import gather_with_gradient, gathered_info_nce, nested, nested_info_nce, row_share
 from matryo.training.caching import cached_embeddings
-from matryo.training.distributed import average_gradients, check_agreement
+from matryo.training.distributed import check_agreement
+from matryo.training.processes import reduce_gradients
 
 CAPACITY = 6
 SIXTEEN = mt.Nesting([1, 2, 4, 8, 12, 16], [1.0, 0.5, 2.0, 1.0, 0.0, 3.0])
@@ -132,7 +133,6 @@ def info_nce(world, *, even, mini, columns=2, group=False, symmetric=False, capa
     lone, ddp = Encoder(), DistributedDataParallel(Encoder(), find_unused_parameters=unused)
     temperatures = [nn.Parameter(torch.tensor(TEMPERATURES, dtype=torch.float64)) for _ in range(2)]
     expected, expected_widths = single_info_nce(lone, share, temperatures[0], group, symmetric)
-    average_gradients(temperatures[1:])
     with counted(ddp) as counts:
         value, widths = gathered_info_nce(
             embed(ddp, share.own(), mini),
@@ -144,7 +144,7 @@ def info_nce(world, *, even, mini, columns=2, group=False, symmetric=False, capa
             per_width=True,
         )
         value.backward()
-    counts["all_reduce"] = counts.get("all_reduce", 0) - 1  # The temperature's.
+    reduce_gradients(temperatures[1:])
     means = torch.cat([value.detach()[None], widths])
     dist.all_reduce(means)
     error = (means / world - torch.cat([expected[None], expected_widths])).abs().max()
@@ -168,14 +168,14 @@ def cross_entropy(world, *, even, mini):
     models = Encoder(), DistributedDataParallel(Encoder())
     torch.manual_seed(dist.get_rank())
     heads = [nn.ModuleList(nn.Linear(width, 4).double() for width in SIXTEEN.widths) for _ in range(2)]
-    heads[1].load_state_dict(heads[0].state_dict())
     for parameter in heads[0].parameters():
         dist.broadcast(parameter.data, 0)
-    average_gradients(heads[1].parameters())  # All start from what process 0 has.
+    heads[1].load_state_dict(heads[0].state_dict())
     nested_heads(embed(models[0], share.columns)[0], share.labels, heads[0]).backward()
     own = share.own()
     loss = nested_heads(embed(models[1], own, mini)[0], share.labels[share.rows], heads[1])
     (loss * row_share(len(own[0]["x"]))).backward()
+    reduce_gradients(heads[1].parameters())
     return {
         "gradient": worst(
             [*models[1].parameters(), *heads[1].parameters()], [*models[0].parameters(), *heads[0].parameters()]

@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 import matryo as mt
 from matryo.losses import gather_with_gradient, gathered_info_nce, nested_info_nce, row_share
-from matryo.training.distributed import average_gradients, check_agreement
+from matryo.training.distributed import check_agreement
 
 TOLERANCE = 1e-12
 """Of a parameter's float64 gradient, relative to the largest entry: only the order of sums differs."""
@@ -97,7 +97,6 @@ def test_one_process_needs_no_group():
     got = gathered_info_nce([a, p, n], nesting=nesting, group=group, symmetric=True)
     assert torch.equal(got, nested_info_nce(a, torch.cat([p, n]), nesting=nesting, group=group, symmetric=True))
     check_agreement({"seed": 1})
-    average_gradients([torch.nn.Parameter(a)])
 
 
 def test_info_nce_needs_two_columns():

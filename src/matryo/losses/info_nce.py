@@ -197,7 +197,7 @@ class _Sweep:
         self.v = _inverse_root(self.candidate_squares)
         shape = (setting.rows, len(candidates))
         self.logits = anchors.new_empty(len(self.blocks), *shape)
-        self.gram, self.slopes, self.suffix = (anchors.new_empty(shape) for _ in range(3))
+        self.slopes, self.suffix = anchors.new_empty(shape), anchors.new_empty(shape)
 
     def _prefix_squares(self, x: Tensor) -> Tensor:
         """(L, rows) squared length of every prefix: the blocks' squares, added up."""
@@ -233,9 +233,12 @@ class _Sweep:
         return values
 
     def _fill_logits(self, rows: slice, mask: Tensor | None) -> None:
-        """Logits of these rows at every width, read one after the other off the running Gram."""
+        """Logits of these rows at every width, read one after the other off the running Gram.
+
+        The Gram grows where the logits of the full width are wanted in the end.
+        """
         part = self.anchors[rows]
-        gram = self.gram[: len(part)]
+        gram = self.logits[-1, : len(part)]
         for level, block in enumerate(self.blocks):
             gram.addmm_(part[:, block.columns], self.candidates[:, block.columns].T, beta=int(level > 0))
             logits = torch.mul(gram, self.v[level], out=self.logits[level, : len(part)])

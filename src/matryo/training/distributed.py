@@ -1,12 +1,11 @@
-"""What several processes need besides gathered embeddings: one configuration, and averaged gradients outside DDP."""
+"""Processes that train together must have been started alike."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from matryo.core.errors import InputError
 from matryo.losses.gather import all_gather, processes, row_counts
@@ -34,28 +33,6 @@ def check_agreement(config: Mapping[str, Any] | str) -> None:
                 f"processes disagree on the configuration: process {rank} differs from process 0{where}; "
                 f"start every process with the same configuration and data"
             )
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Parameters that no DDP wraps (a loss's heads, a learned temperature): start them equal, average their gradients.
-
-    Every process gets process 0's values now, and after each backward pass the mean of all gradients, by one all-reduce
-    a parameter. With gradient accumulation the sum of means is still the mean of sums. Without a process group nothing
-    happens.
-    """
-    if processes() == 1:
-        return
-    for parameter in parameters:
-        dist.broadcast(parameter.data, src=0)
-        if parameter.requires_grad:
-            hook: Any = parameter.register_post_accumulate_grad_hook
-            hook(_average)
-
-
-def _average(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= processes()
 
 
 def _exchange(text: str) -> list[str]:
