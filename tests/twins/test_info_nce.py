@@ -96,7 +96,7 @@ def compare(size, extra, widths, weights, *, seed, dtype, tolerance, temperature
     seed=st.integers(0, 2**31),
     per_width_temperature=st.booleans(),
     # 0.0245 takes the path of large logits. Colder ones have a test of their own: the temperature's gradient cancels
-    # terms of size 1 / temperature ** 2, which float64 does not resolve to 1e-12 where the gradient itself is next to 0.
+    # terms of size 1 / temperature ** 2, which float64 does not resolve to 1e-12 where the gradient is next to 0.
     base=st.sampled_from([0.0245, 0.05, 0.3]),
     symmetric=st.booleans(),
     chunk=st.sampled_from([1, 4, 7, None]),
