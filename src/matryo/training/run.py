@@ -273,7 +273,7 @@ class _Run:
             dataloader_drop_last=several,
             multi_dataset_batch_sampler=config.mixing,
             learning_rate=config.rate(self.static),
-            learning_rate_mapping={r"^parts\.": config.head_rate(self.static)} if extra else {},
+            learning_rate_mapping={r"^losses\.": config.head_rate(self.static)} if extra else {},
             warmup_steps=round(config.warmup * steps),
             weight_decay=config.weight_decay,
             # Sparse gradients have no global norm to clip by; Adam bounds each row's step anyway.
