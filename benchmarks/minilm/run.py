@@ -71,6 +71,8 @@ def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: P
         save_steps=options.save_steps,
         best="last",
         seed=options.seed,
+        weights=tuple(options.weights) if options.weights and len(widths) > 1 else None,
+        rotate=options.rotate and len(widths) > 1,
     )
 
     def report(step: Any) -> None:
@@ -116,6 +118,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="in training alone")
     parser.add_argument("--save-steps", type=int, default=25)
     parser.add_argument("--widths", type=int, nargs="+", default=[12, 24, 48, 96, 192, 384])
+    parser.add_argument("--weights", type=float, nargs="+", help="one per width; all 1 if not given")
+    parser.add_argument("--rotate", action="store_true", help="the nested model starts from principal axes")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", action="store_true")
@@ -136,7 +140,7 @@ def main() -> None:
         folders["start"] = base
     table = {name: scores(mt.load(folder), options, options.widths) for name, folder in folders.items()}
     rows = []
-    kept = ("size", "cut", "batch", "epochs", "rate", "precision", "split", "seed")
+    kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed")
     settings = {name: getattr(options, name) for name in kept}
     for width in options.widths:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}

@@ -22,7 +22,7 @@ import torch
 import matryo as mt
 from matryo.training import StaticConfig, TrainConfig, train
 from matryo.training.state import load_state
-from matryo.training.trainer import checkpoints
+from matryo.training.trainer import STAGING, checkpoints
 
 ALLOWED = (".json", ".safetensors", ".txt", ".md", ".svg", ".tmp")
 STATES = ("optimizer", "scheduler", "objective", "random_0")
@@ -55,9 +55,13 @@ def attempt(config: TrainConfig, after: float | None) -> bool:
 
 
 def look(config: TrainConfig) -> None:
-    """Every visible checkpoint loads, and nothing is a pickle."""
+    """Every visible checkpoint loads, and nothing is a pickle.
+
+    What a checkpoint is written in is never read again, and the libraries that write there name temporary files as they
+    like; its finished files are looked at when it gets its name.
+    """
     for path in config.out.rglob("*"):
-        assert path.is_dir() or path.suffix in ALLOWED, path
+        assert STAGING in path.parts or path.is_dir() or path.suffix in ALLOWED, path
     for checkpoint in checkpoints(config.out / "checkpoints")[-1:]:
         mt.load(checkpoint).encode(["mail"])
         for name in STATES:

@@ -110,6 +110,9 @@ class TrainConfig(_Checked):
         None, ge=1, description="Train so many widths a step, drawn anew, the full one among them; all if unset."
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    rotate: bool = Field(
+        False, description="Turn the base's vectors to their principal axes first, so that prefixes start as PCA."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
     head_learning_rate: float | None = Field(
         None, gt=0, description="Peak rate of what a loss learns beside the model; between 0.001 and 0.01 if unset."
@@ -151,6 +154,8 @@ class TrainConfig(_Checked):
             raise ValueError("patience needs a dev set to measure on and a width, or 'mean', as best; give dev")
         if self.lora is not None and self.base is None:
             raise ValueError("lora adapts a transformer; name one as base")
+        if self.rotate and self.base is None:
+            raise ValueError("rotate turns the vectors of a model that exists; name one as base")
         if self.widths is not None:
             nesting = Nesting(self.widths, self.weights)
             if isinstance(self.best, int) and self.best not in nesting.widths:

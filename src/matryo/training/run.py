@@ -45,6 +45,7 @@ from matryo.training.heads import describe, save_heads
 from matryo.training.lora import add_adapter, merged
 from matryo.training.objective import NestedObjective, Part
 from matryo.training.progress import Reporter, Step, graceful_stop, quiet, ran_out
+from matryo.training.rotation import add_rotation
 from matryo.training.row_adam import RowAdam
 from matryo.training.static import make_row_sparse, new_static
 from matryo.training.trainer import NestedTrainer, checkpoints
@@ -150,6 +151,10 @@ class _Run:
         if Path(config.base).is_dir():
             module_types(Path(config.base))
         model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
+        if config.rotate:
+            # A run that goes on loads the turned weights from its checkpoint.
+            goes_on = bool(checkpoints(self.work))
+            add_rotation(model, [] if goes_on else [text for rows in self.sets for text in rows.texts])
         if config.lora is not None:
             with _seeded(config.seed):
                 add_adapter(model, config.lora)
