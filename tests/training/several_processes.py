@@ -20,6 +20,7 @@ import matryo as mt
 from matryo.losses import gather_with_gradient, gathered_info_nce, nested, nested_info_nce, row_share
 from matryo.training.caching import cached_embeddings
 from matryo.training.distributed import check_agreement
+from matryo.training.modules import NestedLoss
 from matryo.training.processes import reduce_gradients
 
 CAPACITY = 6
@@ -199,6 +200,17 @@ def whole_batch(world, *, even, mini):
     return {"gradient": worst(ddp.parameters(), lone.parameters())}
 
 
+def module(world, *, even, mini, loss, columns):
+    """The sentence-transformers module around a loss of ours, or around a user's own over the whole batch."""
+    share = Share(sizes_of(world, even), columns)
+    lone, ddp = Encoder(), DistributedDataParallel(Encoder())
+    labels = None if loss is nested_info_nce else share.labels
+    NestedLoss(lone, loss, SIXTEEN)(share.columns, labels).backward()
+    gathering = NestedLoss(ddp, loss, SIXTEEN, mini_batch_size=mini, gather_across_devices=True)
+    gathering(share.own(), None if labels is None else labels[share.rows]).backward()
+    return {"gradient": worst(ddp.parameters(), lone.parameters())}
+
+
 def accumulation(world, *, mini):
     """Two batches a step, the first under no_sync, as accelerate does it."""
     shares = [Share(sizes_of(world, even)) for even in (True, False)]
@@ -299,6 +311,8 @@ def checks(world):
             )
             yield f"cross-entropy, {name}", partial(cross_entropy, **case)
             yield f"whole batch, {name}", partial(whole_batch, **case)
+            yield f"module, {name}", partial(module, **case, loss=nested_info_nce, columns=3)
+            yield f"module around a loss of the user's, {name}", partial(module, **case, loss=pairs_by_label, columns=1)
     yield "InfoNCE, no capacity", partial(info_nce, even=False, mini=2, columns=3, group=True, capacity=None)
     yield "InfoNCE, unused parameters looked for", partial(info_nce, even=False, mini=2, unused=True)
     yield "accumulation, plain", partial(accumulation, mini=None)
