@@ -1,0 +1,108 @@
+"""How close to the memory's speed does each first stage run?
+
+    python benchmarks/search/bandwidth.py --index runs/size/index --queries runs/size/queries.npy
+    python benchmarks/search/bandwidth.py --vectors runs/vectors --items 1000000
+    python benchmarks/search/bandwidth.py --smoke
+
+Read bandwidth of one thread is measured in the same run: the best of summing a gigabyte of 64-bit integers and of an
+inner product of float32 vectors of that size. Each stage's own time comes from `explain`; its bytes are those that
+`stats` reports for its codes. The median over single queries, turn by turn with the bandwidth itself.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import faiss  # noqa: E402
+import numpy as np  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from run import build, load  # noqa: E402
+
+from common import save  # noqa: E402
+from matryo.core.errors import MatryoError  # noqa: E402
+from matryo.index import Index  # noqa: E402
+
+STAGES = [
+    "64:binary", "128:binary", "256:binary", "512:binary", "16:float32", "32:float32", "64:float32", "64:float16",
+    "64:bfloat16", "32:int8", "64:int8", "128:int8", "64:int4", "128:int4", "128:pq32", "128:pq64", "256:pq64",
+    "128:rabitq", "256:rabitq",
+]  # fmt: skip
+
+
+def read_bandwidth(size: int) -> float:
+    """Gigabytes a second of one thread reading."""
+    numbers = np.ones(size // 8, np.int64)
+    floats = numbers.view(np.float32)
+    best = 0.0
+    for _ in range(3):
+        for read in (numbers.sum, lambda: np.dot(floats, floats)):
+            start = time.perf_counter()
+            read()
+            best = max(best, numbers.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def measure(index: Index, stages: list[str], queries: np.ndarray, size: int) -> list[dict[str, Any]]:
+    items, rows = len(index), []
+    for stage in stages:
+        plan = f"{stage} keep 200 > {index.stats()['width']}:float32"
+        try:
+            for query in queries[:5]:
+                index.search(query, plan=plan)
+        except MatryoError as error:
+            print(f"{stage}: {error}", flush=True)
+            continue
+        took = [index.search(query, plan=plan, explain=True).explanation[0].milliseconds for query in queries]
+        held = index.stats()["codes"][stage] / items
+        bandwidth = read_bandwidth(size)
+        speed = float(held * items / np.median(took) / 1e6)
+        rows.append({"stage": stage, "items": items, "ms": round(float(np.median(took)), 3), "bytes": round(held, 1),
+                     "GB/s": round(speed, 2), "machine GB/s": round(bandwidth, 2),
+                     "share": round(speed / bandwidth, 3)})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", type=Path, help="an index that is there")
+    parser.add_argument("--queries", type=Path, help=".npy of queries for it")
+    parser.add_argument("--vectors", type=Path, help="folder that vectors.py wrote; synthetic vectors if not given")
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--asked", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", nargs="+", default=STAGES)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    size = 1 << 30
+    if options.smoke:
+        options.items, options.asked, size = 20000, 5, 1 << 24
+    faiss.omp_set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.index
+        if folder is None:
+            given = argparse.Namespace(**{**vars(options), "queries": options.asked})
+            base, queries = load(given)
+            folder = Path(temporary) / "index"
+            build(folder, base, f"{base.shape[1]}:float32", None)
+            del base
+        else:
+            queries = np.load(options.queries)[: options.asked]
+        with Index.open(folder, read_only=True) as index:
+            rows = measure(index, options.stage, queries, size)
+    if rows and (options.out or not options.smoke):
+        save(options.out or Path(__file__).parent / "results" / f"bandwidth-{rows[0]['items']}.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
