@@ -8,6 +8,7 @@ fewer), texts cut to a number of characters. A run that was interrupted goes on 
 
 Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of every retrieval folder, their mean, and
 nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
+Beside them stands the un-nested model on the principal axes of its training texts, which is what PCA would make of it.
 `--init` adds the model that both started from. Rows go to results/rows.jsonl.
 """
 
@@ -30,6 +31,7 @@ from matryo.core.ranking import ranks_at_widths
 from matryo.core.records import read_retrieval, read_sts
 from matryo.evaluation.bootstrap import Resampling, mean_draws, spearman, spearman_draws
 from matryo.evaluation.scoring import cosines_at_widths
+from matryo.training.rotation import SAMPLE, principal_axes
 
 METRIC = Metric("nDCG", 10)
 
@@ -85,22 +87,42 @@ def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: P
     return out
 
 
-def scores(model: Any, options: Any, widths: list[int]) -> dict[str, tuple[dict[int, float], dict[int, np.ndarray]]]:
-    """set -> (score by width, (S,) bootstrap draws by width); the draws of one set are the same for every model."""
+def encoded(model: Any, options: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """set -> vectors of its two sides: first and second sentences, or queries and documents."""
     found = {}
     if options.sts:
         task = read_sts(options.sts)
-        cosines = cosines_at_widths(model.encode(task.first), model.encode(task.second), widths)
+        found[task.name] = (model.encode(task.first), model.encode(task.second))
+    for folder in options.retrieval:
+        sides = read_retrieval(folder, options.split)
+        found[sides.name] = (model.encode(sides.queries), model.encode(sides.documents))
+    return found
+
+
+def scores(vectors: dict[str, Any], options: Any) -> dict[str, tuple[dict[int, float], dict[int, np.ndarray]]]:
+    """set -> (score by width, (S,) bootstrap draws by width); the draws of one set are the same for every model."""
+    found, widths = {}, options.widths
+    if options.sts:
+        task = read_sts(options.sts)
+        cosines = cosines_at_widths(*vectors[task.name], widths)
         draws = spearman_draws(list(cosines.values()), task.scores, Resampling(len(task.scores), options.resamples))
         values = {w: spearman(c, task.scores) for w, c in cosines.items()}
         found[task.name] = (values, dict(zip(widths, draws, strict=True)))
     for folder in options.retrieval:
         task = read_retrieval(folder, options.split)
-        ranks = ranks_at_widths(model.encode(task.queries), model.encode(task.documents), task.judged, widths)
+        ranks = ranks_at_widths(*vectors[task.name], task.judged, widths)
         each = {w: measure(METRIC, r, task.judged) for w, r in ranks.items()}
         draws = mean_draws(list(each.values()), Resampling(len(task.queries), options.resamples))
         found[task.name] = ({w: float(e.mean()) for w, e in each.items()}, dict(zip(widths, draws, strict=True)))
     return found
+
+
+def on_axes(model: Any, pairs: Path, vectors: dict[str, Any]) -> dict[str, Any]:
+    """The same vectors on the principal axes of the model's vectors of training texts: its PCA at every width."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    texts = [row[column] for row in rows for column in ("anchor", "positive")]
+    axes = principal_axes(model.encode(texts[:: -(-len(texts) // SAMPLE)])).T
+    return {name: (first @ axes, second @ axes) for name, (first, second) in vectors.items()}
 
 
 def main() -> None:
@@ -138,21 +160,32 @@ def main() -> None:
     }
     if options.init:
         folders["start"] = base
-    table = {name: scores(mt.load(folder), options, options.widths) for name, folder in folders.items()}
+    table = {}
+    for name, folder in folders.items():
+        model = mt.load(folder)
+        vectors = encoded(model, options)
+        table[name] = scores(vectors, options)
+        if name == "un-nested":
+            table["un-nested, PCA"] = scores(on_axes(model, pairs, vectors), options)
     rows = []
     kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed")
     settings = {name: getattr(options, name) for name in kept}
     for width in options.widths:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}
         draws = {name: np.mean([d[width] for _, d in sets.values()], axis=0) for name, sets in table.items()}
-        low, high = np.percentile(draws["nested"] - draws["un-nested"], [2.5, 97.5])
-        difference = means["nested"] - means["un-nested"]
-        print(f"width {width}: nested - un-nested on the mean {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
+        against = {}
+        for rival in ("un-nested", "un-nested, PCA"):
+            low, high = np.percentile(draws["nested"] - draws[rival], [2.5, 97.5])
+            against[rival] = {"difference": means["nested"] - means[rival], "low": low, "high": high}
+            print(
+                f"width {width}: nested - {rival} on the mean {against[rival]['difference']:+.4f} "
+                f"[{low:+.4f}, {high:+.4f}]"
+            )
         for name, sets in table.items():
             each = {task: round(values[width], 4) for task, (values, _) in sets.items()}
-            print(f"    {name:9} mean {means[name]:.4f}  {each}")
+            print(f"    {name:14} mean {means[name]:.4f}  {each}")
             rows.append({"width": width, "model": name, "mean": means[name], "sets": each,
-                         "difference": difference, "low": low, "high": high, **settings})  # fmt: skip
+                         "nested_minus": against, **settings})  # fmt: skip
     save(options.out / "rows.jsonl", rows)
 
 
