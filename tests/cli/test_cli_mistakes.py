@@ -178,11 +178,11 @@ def test_index_of_another_format(mistake, index):
     connection.execute("UPDATE state SET body = ?, digest = ?", (newer, digest))
     connection.commit()
     connection.close()
-    mistake("index", "stats", index, said="in format 99 and this release reads format 1")
+    mistake("index", "stats", index, said="in format 99 and this release reads formats 1 and 2")
 
 
 def test_flipped_byte_is_found(mistake, index):
-    path = max(index.glob("vectors-*.f32"))
+    path = max(index.glob("vectors-*.f16"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

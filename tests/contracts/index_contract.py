@@ -32,6 +32,12 @@ def names(n: int) -> list[str]:
 class IndexContract(ABC):
     codes: tuple[str, ...] = ()
     """Codes the engine can scan and rescore."""
+    kept = np.float32
+    """What it keeps full vectors as, and therefore scores."""
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """Unit rows as the engine keeps them."""
+        return unit(x).astype(self.kept).astype(np.float64)
 
     @abstractmethod
     def create(self, where: Path, width: int, plan: str | None) -> Index:
@@ -61,7 +67,7 @@ class IndexContract(ABC):
     def test_scores_are_full_width_cosines_and_the_rest_comes_along(self, filled):
         query = rows(3, seed=9)
         hits = filled.search(query, k=7, plan=f"{WIDTH}:float32")
-        truth = unit(query) @ unit(rows(500)).T
+        truth = unit(query) @ self.held(rows(500)).T
         for q in range(3):
             order = np.argsort(-truth[q], kind="stable")[:7]
             assert hits.ids[q] == [f"d{i}" for i in order]
@@ -71,7 +77,7 @@ class IndexContract(ABC):
 
     def test_every_code_gives_exact_scores_of_what_it_finds(self, filled):
         query = rows(2, seed=5)
-        truth = unit(query) @ unit(rows(500)).T
+        truth = unit(query) @ self.held(rows(500)).T
         for code in self.codes:
             for plan in (
                 f"32:{code} keep 100 > {WIDTH}:float32",
@@ -99,7 +105,7 @@ class IndexContract(ABC):
         assert len(filled) == 500
         hits = filled.search(rows(1, seed=77), k=1)
         assert (hits.ids, hits.documents, hits.metadata) == ([["d3"]], [[None]], [[None]])
-        assert hits.scores[0][0] == pytest.approx(1, abs=1e-6)
+        assert hits.scores[0][0] == pytest.approx(1, abs=5e-4)
 
     def test_delete_counts_what_was_there_and_it_stays_away(self, filled, tmp_path):
         assert filled.delete(["d0", "d0", "nobody"]) == 1
@@ -258,7 +264,7 @@ class IndexContract(ABC):
         index.upsert(["x", "y", "z"], huge)
         hits = index.search(tiny, k=2)
         assert hits.ids == [["a", "x"], ["b", "y"], ["c", "z"]]
-        np.testing.assert_allclose(hits.scores, 1, atol=1e-6)
+        np.testing.assert_allclose(hits.scores, 1, atol=5e-4)
 
     def test_what_was_written_is_there_after_reopening(self, filled, tmp_path):
         before = filled.search(rows(5, seed=2), k=20)

@@ -1,4 +1,4 @@
-"""Makes golden/index-1 and index-1.json. Run once per format version; the result is committed and never made again."""
+"""Makes golden/index-2 and index-2.json. Run once per format version; the result is committed and never made again."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def main() -> None:
     keys = [f"g{n}" for n in range(12)]
     searches = []
     with Index.create(
-        HERE / "index-1", width=32, plan="16:binary keep 8 > 32:int8 keep 6 > 32:float32", model={"name": "golden"}
+        HERE / "index-2", width=32, plan="16:binary keep 8 > 32:int8 keep 6 > 32:float32", model={"name": "golden"}
     ) as index:
         index.upsert(
             keys, base, [f"text {n}" for n in range(12)], [{"shelf": n % 3, "name": f"é{n}"} for n in range(12)]
@@ -36,7 +36,7 @@ def main() -> None:
                     "metadata": hits.metadata,
                 }
             )
-    (HERE / "index-1.json").write_text(json.dumps({"searches": searches}, ensure_ascii=False, indent=1) + "\n")
+    (HERE / "index-2.json").write_text(json.dumps({"searches": searches}, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def found(folder: Path, read_only: bool) -> tuple[Model, list[str]]:
             model[key] = int(number)
             row = vector(key, int(number)).astype(np.float64)
             truth = row.sum() / np.linalg.norm(row) / np.sqrt(WIDTH)
-            if named != key or fields != {"n": int(number)} or abs(truth - score) > 1e-5:
+            if named != key or fields != {"n": int(number)} or abs(truth - score) > 5e-4:
                 wrong.append(f"{key} is mixed up")
     return model, wrong
 

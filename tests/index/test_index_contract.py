@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 from index_contract import IndexContract
 
 from matryo.index import Index
@@ -8,10 +9,17 @@ from matryo.index.funnel import CODES
 
 class TestEmbedded(IndexContract):
     codes = CODES
+    kept = np.float16
+    store = "float16"
 
     def create(self, where: Path, width: int, plan: str | None) -> Index:
-        return Index.create(where / "index.matryo", width=width, plan=plan)
+        return Index.create(where / "index.matryo", width=width, plan=plan, store=self.store)
 
     def reopen(self, index: Index, where: Path) -> Index:
         index.close()
         return Index.open(where / "index.matryo")
+
+
+class TestEmbeddedFloat32(TestEmbedded):
+    kept = np.float32
+    store = "float32"

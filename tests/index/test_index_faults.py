@@ -107,8 +107,8 @@ def test_the_catalogue_refusing_at_its_last_step(tmp_path, monkeypatch, what, co
             with pytest.raises(StorageError, match="still there"):
                 operations()[what](index)
         assert dump(index) == before
-        assert sorted(p.name for p in (tmp_path / "i").glob("vectors*")) == ["vectors-1.f32"]
-        assert (tmp_path / "i" / "vectors-1.f32").stat().st_size == 60 * 64 * 4
+        assert sorted(p.name for p in (tmp_path / "i").glob("vectors*")) == ["vectors-1.f16"]
+        assert (tmp_path / "i" / "vectors-1.f16").stat().st_size == 60 * 64 * 2
         operations()[what](index)
         assert index.check().ok
 

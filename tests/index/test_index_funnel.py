@@ -10,9 +10,10 @@ from matryo.core.codecs import Float16, codec
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
-from matryo.index.codes import Column, halves, hamming
+from matryo.index.codes import Column, hamming
 from matryo.index.funnel import CODES, SCANS, best, check_plan, default_plan, run
 from matryo.index.snapshot import row_products
+from matryo.index.vectors import halves
 
 
 class Arrays:

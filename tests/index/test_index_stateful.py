@@ -27,10 +27,11 @@ def vector(seed: int) -> np.ndarray:
 class Histories(RuleBasedStateMachine):
     """The model: key -> (vector's seed, document, metadata), in insertion order, which is the order among equals."""
 
-    @initialize(plan=plans(WIDTH))
-    def create(self, plan):
+    @initialize(plan=plans(WIDTH), store=st.sampled_from(["float16", "float32"]))
+    def create(self, plan, store):
+        self.store = store
         self.folder = Path(tempfile.mkdtemp())
-        self.index = Index.create(self.folder / "i", width=WIDTH, plan=plan)
+        self.index = Index.create(self.folder / "i", width=WIDTH, plan=plan, store=store)
         self.reader = Index.open(self.folder / "i", read_only=True)
         self.model: dict[str, tuple[int, str | None, dict | None]] = {}
 
@@ -77,7 +78,9 @@ class Histories(RuleBasedStateMachine):
         exhaustive = plan is not None or shelf is not None  # a plan that keeps all, or few matches: exact
         hits = index.search(vector(seed), k=k, plan=plan, where=None if shelf is None else {"shelf": shelf})
         live = [(k, *v) for k, v in self.model.items() if shelf is None or (v[2] or {}).get("shelf") == shelf]
-        truth = {key: float(unit(vector(s)[None])[0] @ unit(vector(seed)[None])[0]) for key, s, _, _ in live}
+        query = unit(vector(seed)[None])[0]
+        held = {s: unit(vector(s)[None])[0].astype(self.store).astype(np.float64) for _, s, _, _ in live}
+        truth = {key: float(held[s] @ query) for key, s, _, _ in live}
         assert len(hits.ids[0]) == min(k, len(live))
         for key, score, text, fields in zip(
             hits.ids[0], hits.scores[0], hits.documents[0], hits.metadata[0], strict=True

@@ -43,6 +43,7 @@ def build(
     plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32'.")] = None,
     vectors: Vectors = None,
     metadata: Metadata = None,
+    store: Annotated[str, typer.Option(help="How full vectors lie on the disk: float16 or float32.")] = "float16",
     as_json: Json = False,
 ) -> None:
     """Index documents in a new folder. Each batch is committed: what was reported survives a crash.
@@ -61,7 +62,7 @@ def build(
     rows = _read(documents, metadata or [])
     _refuse_repeats(rows, documents)
     ready = _ready(vectors, rows, documents)
-    with Index.create(out, width=width, plan=plan, model=identity(loaded) if loaded else None) as index:
+    with Index.create(out, width=width, plan=plan, model=identity(loaded) if loaded else None, store=store) as index:
         left = _fill(index, rows, loaded, ready, out)
         _report(index, as_json, left)
 

@@ -28,7 +28,9 @@ from matryo.core.errors import DamagedError, FormatError, StorageError
 from matryo.index.items import item_digest
 from matryo.index.vectors import RECOVER, Block
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 had float32 rows only and its state did not say so; all else is the same. The first write makes it 2."""
 NAME = "catalogue.sqlite"
 BUSY_MS = 10_000
 SCHEMA = (
@@ -65,6 +67,8 @@ class State:
     live: int = 0
     dead_sum: int = 0
     """Sum over `deaths` of a mix of row and seq, so that a damaged list of dead rows cannot bring one back."""
+    store: str = "float16"
+    """How rows lie in the vectors file, see `vectors.STORES`."""
     format: int = FORMAT
 
 
@@ -226,17 +230,18 @@ def parse_state(body: str, digest: bytes) -> State:
     if hashlib.blake2b(str(body).encode(), digest_size=16).digest() != digest:
         raise sqlite3.DatabaseError("the state row is not what was written")
     fields = json.loads(body)
-    if fields.get("format") != FORMAT:
+    if fields.get("format") not in READABLE:
         raise FormatError(
-            f"this index is in format {fields.get('format')} and this release reads format {FORMAT}; "
+            f"this index is in format {fields.get('format')} and this release reads formats "
+            f"{' and '.join(map(str, READABLE))}; "
             "install the release that wrote it, or build the index again"
         )
-    return State(**fields)
+    return State(**({"store": "float32"} | fields))
 
 
 def write_state(connection: sqlite3.Connection, state: State) -> None:
     """Replace the state row, inside the caller's transaction."""
-    body = json.dumps(asdict(state), sort_keys=True)
+    body = json.dumps(asdict(state) | {"format": FORMAT}, sort_keys=True)
     digest = hashlib.blake2b(body.encode(), digest_size=16).digest()
     connection.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?)", (body, digest))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from matryo.core.codecs import Binary, Codec, Float16, Int8, codec
 from matryo.core.files import digest, write_atomically
 from matryo.core.prefix import truncate
-from matryo.index.vectors import CHUNK_ROWS, Vectors
+from matryo.index.vectors import CHUNK_ROWS, Vectors, halves
 
 Float32s = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -216,18 +216,6 @@ def products(queries_QD: Float32s, rows_ND: Float32s, out_QN: Float32s) -> None:
         np.dot(rows_ND, queries_QD[0], out=out_QN[0])
     else:
         out_QN[:] = queries_QD @ rows_ND.T
-
-
-def halves(codes: NDArray[np.float16]) -> Float32s:
-    """float16 to float32 by moving bits, exact for finite numbers and many times quicker than a cast."""
-    bits = codes.view(np.uint16).astype(np.uint32)
-    sign = (bits & np.uint32(0x8000)) << np.uint32(16)
-    bits &= np.uint32(0x7FFF)
-    bits <<= np.uint32(13)
-    bits |= sign
-    numbers: Float32s = bits.view(np.float32)
-    numbers *= np.float32(2.0**112)
-    return numbers
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 """`Index`: upsert, delete, search, check, compact over one folder. Many readers, one writer.
 
-A folder holds `catalogue.sqlite` (the commit point), `vectors-<generation>.f32`, `head`, `lock`, and `codes/`,
-which may be deleted at any time. A reader sees a new commit at its next call; nothing has to be reopened.
+A folder holds `catalogue.sqlite` (the commit point), `vectors-<generation>.f16` (or `.f32`), `head`, `lock`, and
+`codes/`, which may be deleted at any time. A reader sees a new commit at its next call; nothing has to be reopened.
 """
 
 import json
@@ -28,6 +28,7 @@ from matryo.index.items import Metadata, check_documents, check_ids, check_metad
 from matryo.index.opening import (
     Lock,
     check_model,
+    check_store,
     first_snapshot,
     folder_of,
     insist_on_model,
@@ -49,7 +50,8 @@ SCAN_MATCHES_EXACTLY = 1000
 class Hits:
     """Answers, one list per query, best first. A list is shorter than k where fewer items match.
 
-    `scores` are full-width cosines. With `explain=True`, `explanation` says what each stage did.
+    `scores` are full-width cosines of the query with the vectors as they are stored. With `explain=True`, `explanation`
+    says what each stage did.
     """
 
     ids: list[list[str]]
@@ -76,7 +78,13 @@ class Index:
 
     @classmethod
     def create(
-        cls, path: str | Path, *, width: int, plan: str | Plan | None = None, model: dict[str, Any] | None = None
+        cls,
+        path: str | Path,
+        *,
+        width: int,
+        plan: str | Plan | None = None,
+        model: dict[str, Any] | None = None,
+        store: str = "float16",
     ) -> Self:
         """A new, empty index, open for writing. It appears whole or not at all.
 
@@ -85,6 +93,8 @@ class Index:
             width: full width of the vectors, at most 65,536.
             plan: how to search unless a search says otherwise; by default a safe one for the width.
             model: what made the vectors (name, digest, nesting...), JSON; `open` can be told to insist on it.
+            store: "float16" or "float32", how the full vectors lie on the disk. Scores are inner products of the unit
+                query with the stored rows: with float16 they differ from those of float32 by less than 5e-4.
 
         Raises:
             InputError: the folder already holds an index or anything else; nothing in it is touched.
@@ -92,13 +102,13 @@ class Index:
         folder = folder_of(path)
         width = check_width(width, 1 << 16)
         chosen = check_plan(default_plan(width) if plan is None else parsed(plan), width)
-        state = cat.State(width, str(chosen), check_model(model))
+        state = cat.State(width, str(chosen), check_model(model), store=check_store(store))
         refuse_taken(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             with storage_errors(f"creating {folder}"):
                 temporary.mkdir(parents=True)
-                vectors_path(temporary, 1).touch()
+                vectors_path(temporary, 1, state.store).touch()
                 cat.create(temporary, state)
                 (temporary / "lock").touch()
                 fsync_folder(temporary)
@@ -126,7 +136,7 @@ class Index:
         """
         folder = folder_of(path)
         if not (folder / cat.NAME).is_file():
-            what = "is damaged: its catalogue is gone" if vectors_path(folder, 1).exists() else "holds no index"
+            what = "is damaged: its catalogue is gone" if any(folder.glob("vectors-*")) else "holds no index"
             raise (DamagedError if "damaged" in what else InputError)(
                 f"{folder} {what}; make one with Index.create({str(folder)!r}, width=...)"
             )
@@ -137,7 +147,7 @@ class Index:
                 catalogue = cat.Catalogue(folder, writable=lock is not None)
                 snapshot = first_snapshot(folder, catalogue)
                 insist_on_model(snapshot.state.model, model, folder)
-                if snapshot.state.end * snapshot.state.width * 4 <= VERIFY_AT_OPEN:
+                if snapshot.vectors.stored.nbytes <= VERIFY_AT_OPEN:
                     snapshot.vectors.ensure_all()
                 writer = Writer(folder, catalogue, snapshot, lock.release) if lock else None
                 index = cls(folder, catalogue, writer, snapshot)
@@ -238,7 +248,8 @@ class Index:
             "format": state.format,
             "generation": state.generation,
             "commits": state.seq,
-            "vector_bytes": state.end * state.width * 4,
+            "store": state.store,
+            "vector_bytes": snapshot.vectors.stored.nbytes,
             "codes": {f"{width}:{name}": column.nbytes for (width, name), column in sorted(loaded.items())},
             "files": files,
         }

@@ -16,7 +16,7 @@ from matryo.core.plan import Plan
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, check_plan
 from matryo.index.snapshot import Snapshot, load_snapshot, vectors_path
-from matryo.index.vectors import RECOVER, check_rows, unit_chunks
+from matryo.index.vectors import RECOVER, STORES, check_rows, unit_chunks
 
 
 class Lock:
@@ -67,6 +67,13 @@ def parsed(plan: str | Plan) -> Plan:
 def stored_plan(text: str, width: int) -> Plan:
     """The index's own plan, parsed and checked once."""
     return check_plan(Plan.parse(text), width)
+
+
+def check_store(store: object) -> str:
+    """How vectors are to lie on the disk."""
+    if store not in STORES:
+        raise InputError(f"store must be {' or '.join(map(repr, STORES))}, got {store!r}")
+    return str(store)
 
 
 def check_model(model: object) -> dict[str, Any] | None:
@@ -122,4 +129,4 @@ def first_snapshot(folder: Path, catalogue: cat.Catalogue) -> Snapshot:
                 return load_snapshot(folder, connection, state)
             except FileNotFoundError:
                 continue
-    raise DamagedError(f"{vectors_path(folder, state.generation)} is gone; {RECOVER}")
+    raise DamagedError(f"{vectors_path(folder, state.generation, state.store)} is gone; {RECOVER}")

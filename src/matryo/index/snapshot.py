@@ -13,19 +13,21 @@ from matryo.core.prefix import truncate
 from matryo.index import catalogue as cat
 from matryo.index.codes import CodeStore, products
 from matryo.index.funnel import Rows, barred_cost, best
-from matryo.index.vectors import Float32s, Vectors
+from matryo.index.rerank import inner_products
+from matryo.index.vectors import STORES, Float32s, Vectors, floats
 
 VERIFY_AT_OPEN = 64 << 20
 """Files up to this many bytes are verified whole when opened; larger ones block by block on first use."""
 COSTS_AT_A_TIME = 1 << 24
+FLOATS_AT_A_TIME = 1 << 18
 SLACK = 1e-5
 """Float32 sums of unit rows taken in another order differ by less than this."""
 FILTERS_KEPT = 8
 
 
-def vectors_path(folder: Path, generation: int) -> Path:
+def vectors_path(folder: Path, generation: int, store: str) -> Path:
     """The vectors file of a generation."""
-    return folder / f"vectors-{generation}.f32"
+    return folder / f"vectors-{generation}.{STORES[store][1]}"
 
 
 @dataclass
@@ -56,7 +58,7 @@ def load_snapshot(
     same = older if older is not None and older.state.generation == state.generation else None
     if same is not None and older is not None and older.state.seq > state.seq:
         same = None
-    path = vectors_path(folder, state.generation)
+    path = vectors_path(folder, state.generation, state.store)
     live = np.ones(state.end, dtype=bool)
     if same is None:
         dead, total = cat.read_deaths(connection)
@@ -71,7 +73,7 @@ def load_snapshot(
         raise sqlite3.DatabaseError("the number of live rows is not what was written")
     if same is not None and same.state.end == state.end:
         return Snapshot(state, same.vectors, live, same.codes)
-    vectors = Vectors(path, state.width, state.end, cat.read_blocks(connection))
+    vectors = Vectors(path, state.store, state.width, state.end, cat.read_blocks(connection))
     if same is not None:
         return Snapshot(state, vectors.trust(same.vectors), live, same.codes)
     manifest = {
@@ -121,23 +123,35 @@ class View:
     def rescore(self, stage: Stage, query_D: Float32s, rows_R: Rows) -> Float32s:
         """Scores of these rows by this stage's code."""
         vectors = self._snapshot.vectors
-        if stage.code == "float32":
-            # The stored vectors are these prefixes already, up to length: no codes to keep in memory.
+        if as_stored(stage, vectors.store):
+            if stage.width == self.width:
+                return inner_products(vectors, query_D, rows_R)
             vectors.ensure(rows_R)
-            prefixes = truncate(vectors.array[rows_R, : stage.width], stage.width)
+            prefixes = truncate(floats(vectors.stored[rows_R, : stage.width]), stage.width)
             return row_products(prefixes, query_D[: stage.width])
         return self._snapshot.codes.column(stage.width, stage.code, vectors).scores(query_D, rows_R)
 
     def exact(self, query_D: Float32s, rows_R: Rows) -> Float32s:
-        """Full-width cosines of these rows."""
-        return row_products(self._snapshot.vectors.take(rows_R), query_D)
+        """Full-width cosines of these rows as they are stored."""
+        return inner_products(self._snapshot.vectors, query_D, rows_R)
 
     def _exact_costs(self, queries_QD: Float32s) -> Float32s:
         end, vectors = self._snapshot.state.end, self._snapshot.vectors
         vectors.ensure_all()
         out = np.empty((len(queries_QD), end), np.float32)
-        products(-queries_QD, vectors.array, out)
+        step = max(1, FLOATS_AT_A_TIME // self.width) if vectors.store == "float16" else end
+        for start in range(0, end, step):
+            stop = min(start + step, end)
+            products(-queries_QD, floats(vectors.stored[start:stop]), out[:, start:stop])
         return out
+
+
+def as_stored(stage: Stage, store: str) -> bool:
+    """Whether a stage's shortlist is scored from the vectors file, which holds these prefixes already, up to length.
+
+    No codes are kept in memory for such a stage.
+    """
+    return stage.code in ("float32", store)
 
 
 def row_products(rows_RD: Float32s, query_D: Float32s) -> Float32s:

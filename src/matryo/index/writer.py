@@ -19,7 +19,7 @@ from matryo.core.files import digest, fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.index import catalogue as cat
 from matryo.index.items import item_digest
-from matryo.index.snapshot import Snapshot, load_snapshot, vectors_path
+from matryo.index.snapshot import Snapshot, as_stored, load_snapshot, vectors_path
 from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s
 
 
@@ -44,22 +44,24 @@ class Writer:
         self._folder, self._catalogue, self._release = folder, catalogue, release
         self._appender = self._open(snapshot)
         self._dirty = False
-        self._sweep(snapshot.state.generation)
+        self._sweep(snapshot.state)
 
     def _open(self, snapshot: Snapshot) -> Appender:
         state = snapshot.state
         last = snapshot.vectors.blocks[-1] if snapshot.vectors.blocks else None
-        return Appender(vectors_path(self._folder, state.generation), state.width, state.end, last)
+        return Appender(
+            vectors_path(self._folder, state.generation, state.store), state.store, state.width, state.end, last
+        )
 
-    def _sweep(self, generation: int) -> None:
+    def _sweep(self, state: cat.State) -> None:
         """Remove what a killed process left: vectors and codes of other generations, temporary files."""
-        keep = vectors_path(self._folder, generation).name
+        keep = vectors_path(self._folder, state.generation, state.store).name
         for path in [
             *self._folder.glob("vectors-*"),
             *self._folder.glob("codes/*"),
             *self._folder.glob("codes/.*.tmp"),
         ]:
-            if path.name != keep and not (path.parent.name == "codes" and path.name.startswith(f"{generation}-")):
+            if path.name != keep and not (path.parent.name == "codes" and path.name.startswith(f"{state.generation}-")):
                 with suppress(OSError):
                     path.unlink()
 
@@ -114,14 +116,14 @@ class Writer:
         """Copy the live rows into the next generation's file, switch to it in one commit, remove the old one."""
         state = snapshot.state
         rows = np.flatnonzero(snapshot.live)
-        final = vectors_path(self._folder, state.generation + 1)
+        final = vectors_path(self._folder, state.generation + 1, state.store)
         temporary = final.with_name(final.name + ".tmp")
         appender: Appender | None = None
         with storage_errors(f"compacting {self._folder}"):
             try:
-                appender = Appender(temporary, state.width, 0, None, fresh=True)
+                appender = Appender(temporary, state.store, state.width, 0, None, fresh=True)
                 parts = (rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS))
-                appended = appender.append(snapshot.vectors.take(part) for part in parts)
+                appended = appender.append(snapshot.vectors.take_stored(part) for part in parts)
                 appender.accept(appended)
                 os.replace(temporary, final)
                 fsync_folder(self._folder)
@@ -143,7 +145,7 @@ class Writer:
         old, self._appender = self._appender, appender
         old.close()
         self._committed(after)
-        self._sweep(after.generation)
+        self._sweep(after)
         self._catalogue.tidy()
         return state.end - len(rows)
 
@@ -153,7 +155,8 @@ class Writer:
             return
         wanted = set(snapshot.codes.loaded())
         for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
-            if stage.code != "float32" or (number == 0 and stage.width < snapshot.state.width):
+            scanned = number == 0 and (stage.code != "float32" or stage.width < snapshot.state.width)
+            if scanned or not as_stored(stage, snapshot.state.store):
                 wanted.add((stage.width, stage.code))
         with storage_errors(f"writing codes in {self._folder}"):
             saved = [snapshot.codes.save(width, name, snapshot.vectors) for width, name in sorted(wanted)]
@@ -197,7 +200,7 @@ class Writer:
             self._appender = fresh
             self._committed(now)
         self._appender.rollback()
-        self._sweep(now.generation)
+        self._sweep(now)
 
 
 def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
