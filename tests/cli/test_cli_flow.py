@@ -179,3 +179,29 @@ def test_reader_that_goes_away_is_no_error(python, tmp_path):
     )
     assert ran.stdout == "{"
     assert "Traceback" not in ran.stderr
+
+
+def test_an_index_is_calibrated_from_vectors_texts_or_its_own_items(cli, dev_folder, tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "v.npy", rng.standard_normal((120, 16)).astype(np.float32))
+    np.save(tmp_path / "q.npy", rng.standard_normal((90, 16)).astype(np.float32))
+    index = tmp_path / "v.matryo"
+    plan = "8:binary keep 60 > 16:float32"
+    assert cli("index", "build", dev_folder, "--vectors", tmp_path / "v.npy", "--out", index, "--plan", plan)[0] == 0
+    line = ["index", "calibrate", index, "--recall", 0.8, "--confidence", 0.9]
+    status, said, _ = cli(*line, "--queries", tmp_path / "q.npy", "--json")
+    assert status == 0
+    promise = json.loads(said)
+    assert (promise["queries"], promise["k"], promise["items"], promise["source"]) == (90, 10, 120, "queries")
+    assert json.loads(cli("index", "stats", index, "--json")[1])["promise"] == promise
+    status, said, _ = cli(*line)
+    assert status == 0
+    assert "from 120 of its own items as queries on 120 items" in said
+    status, _, err = cli("index", "calibrate", index, "--queries", tmp_path / "q.npy", "--recall", 0.999)
+    assert status == 2
+    assert "give at least" in err
+    status, _, err = cli("index", "calibrate", index, "--queries", dev_folder / "queries.jsonl")
+    assert status == 2
+    assert "names no model" in err

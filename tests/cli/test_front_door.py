@@ -9,7 +9,7 @@ import matryo
 PUBLIC = {"Index", "Nesting", "Plan", "TrainConfig", "adapters", "evaluate", "load", "losses", "train", "truncate"}
 HEAVY = ["torch", "transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "faiss", "pyarrow"]
 VERBS = [["train"], ["mine"], ["eval"], ["search"], ["demo"], ["doctor"]]
-VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact")]
+VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact", "calibrate")]
 
 LOOK = """
 import contextlib, io, json, sys

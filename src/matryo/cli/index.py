@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matryo.cli.plan import calibrate
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
@@ -30,7 +31,7 @@ Metadata = Annotated[list[str] | None, typer.Option(help="Column kept for filter
 def add(app: typer.Typer) -> None:
     """Put the verbs on the app."""
     group = typer.Typer(help="Build and keep an index folder.", no_args_is_help=True)
-    for verb in (build, add_documents, delete, stats, check, compact):
+    for verb in (build, add_documents, delete, stats, check, compact, calibrate):
         group.command("add" if verb is add_documents else verb.__name__)(verb)
     app.add_typer(group, name="index")
     app.command()(search)
@@ -159,7 +160,8 @@ def search(
         hits = opened.search(asked, k=k, plan=plan, where=condition, explain=explain)
         took = 1000 * (time.perf_counter() - start)
     if as_json:
-        say_json({"queries": _rows(queries, hits), "milliseconds": took, "explanation": _explained(hits)})
+        explained = {"explanation": _explained(hits), "promise": hits.promise}
+        say_json({"queries": _rows(queries, hits), "milliseconds": took, **explained})
         return
     for n, query in enumerate(queries):
         say(f"{query}")
@@ -167,6 +169,8 @@ def search(
             say(f"  {score:.4f}  {key}  {' '.join((text or '').split())[:100]}")
     for line in _explained(hits) or ():
         note(str(line))
+    if hits.promise:
+        note(hits.promise)
     note(f"{took:.1f} ms for {len(queries)} queries, encoding aside")
 
 

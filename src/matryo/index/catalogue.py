@@ -69,6 +69,8 @@ class State:
     """Sum over `deaths` of a mix of row and seq, so that a damaged list of dead rows cannot bring one back."""
     store: str = "float16"
     """How rows lie in the vectors file, see `vectors.STORES`."""
+    promise: dict[str, Any] | None = None
+    """What `calibrate` promised of `plan`, as JSON."""
     format: int = FORMAT
 
 

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,11 +22,14 @@ from matryo.core.errors import DamagedError, InputError, StorageError
 from matryo.core.files import fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.core.prefix import check_width
+from matryo.core.promise import Promise
+from matryo.index import calibration
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, Rows, StageReport, check_plan, default_plan, finish, run
 from matryo.index.items import Metadata, check_documents, check_ids, check_metadata, read_ids
 from matryo.index.opening import (
     Lock,
+    check_k,
     check_model,
     check_store,
     first_snapshot,
@@ -51,7 +54,7 @@ class Hits:
     """Answers, one list per query, best first. A list is shorter than k where fewer items match.
 
     `scores` are full-width cosines of the query with the vectors as they are stored. With `explain=True`, `explanation`
-    says what each stage did.
+    says what each stage did, and `promise` what recall is promised of this search and on what grounds.
     """
 
     ids: list[list[str]]
@@ -59,6 +62,7 @@ class Hits:
     documents: list[list[str | None]]
     metadata: list[list[Metadata | None]]
     explanation: list[StageReport] | None = None
+    promise: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -217,8 +221,7 @@ class Index:
         Raises:
             InputError: a query, the plan or the filter is wrong. DamagedError: what it needed is damaged.
         """
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise InputError(f"k must be an integer of at least 1, got {k!r}")
+        k = check_k(k)
         condition = None if where is None else compile_where(where)
         reports: list[StageReport] | None = [] if explain else None
         with self._reading() as (connection, snapshot):
@@ -226,11 +229,52 @@ class Index:
             chosen = stored_plan(state.plan, state.width) if plan is None else check_plan(parsed(plan), state.width)
             unit = unit_queries(queries, state.width)
             if condition is None:
-                answers = run(chosen, unit, int(k), View(snapshot), reports)
+                answers = run(chosen, unit, k, View(snapshot), reports)
             else:
                 matches = self._matches(connection, snapshot, condition)
-                answers = _filtered(snapshot, matches, chosen, unit, int(k), reports)
-            return _hits(connection, answers, reports)
+                answers = _filtered(snapshot, matches, chosen, unit, k, reports)
+            hits = _hits(connection, answers, reports)
+            if explain:
+                made = None if state.promise is None else Promise.from_json(state.promise)
+                said = calibration.note(made, chosen, k, state.live, condition is not None)
+                hits = replace(hits, promise=said)
+            return hits
+
+    def calibrate(
+        self,
+        queries: Any = None,
+        recall: float = 0.95,
+        confidence: float = 0.95,
+        k: int = 10,
+        plan: str | Plan | None = None,
+    ) -> Promise:
+        """Choose the shortest shortlists whose expected recall@k is promised on new queries; search then uses them.
+
+        The plan with its promise is one commit: after a crash it is there whole, or the old plan is. The promise holds
+        for queries from the same source as these, for this k, without a filter, on the items of this moment: calibrate
+        again when the index has grown (`search(explain=True)` says so). See `matryo.core.promise` for the statistics.
+
+        Args:
+            queries: (Q, width) numbers, a sample of the users' queries; some hundreds. None asks up to 1,000 of the
+                items instead, each with itself removed from the answers; the promise then is about such queries only.
+            recall: share of the exact k best that is to be found in expectation, between 0 and 1.
+            confidence: how sure, over the draw of the sample, between 0 and 1.
+            plan: the plan whose shortlists are chosen, by default the index's own. Where it has several, they grow in
+                proportion.
+
+        Raises:
+            InputError: too few queries (says how many are needed), a target out of reach (says what is reachable), no
+                more items than k.
+        """
+        writer, k = self._writable(), check_k(k)
+        with self._reading() as (_, snapshot):
+            state = snapshot.state
+            chosen = stored_plan(state.plan, state.width) if plan is None else check_plan(parsed(plan), state.width)
+            unit = None if queries is None else unit_queries(queries, state.width)
+        promise = calibration.calibrated(snapshot, unit, chosen, k, recall, confidence)
+        with self._lock:
+            writer.promise(self._current(), promise)
+        return promise
 
     def stats(self) -> dict[str, Any]:
         """What the index is and how many bytes it takes, in memory (`codes`) and on the disk."""
@@ -244,6 +288,7 @@ class Index:
             "dead_rows": state.end - state.live,
             "width": state.width,
             "plan": state.plan,
+            "promise": state.promise,
             "model": state.model,
             "format": state.format,
             "generation": state.generation,

@@ -101,6 +101,13 @@ def insist_on_model(stored: dict[str, Any] | None, wanted: object, folder: Path)
             )
 
 
+def check_k(k: object) -> int:
+    """How many answers, as an int."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"k must be an integer of at least 1, got {k!r}")
+    return int(k)
+
+
 def unit_queries(queries: object, width: int) -> Float32s:
     """(Q, width) unit rows from (Q, width) or (width,) numbers."""
     array: NDArray[Any]

@@ -17,6 +17,7 @@ import numpy as np
 from matryo.core.errors import MatryoError
 from matryo.core.files import digest, fsync_folder, storage_errors
 from matryo.core.plan import Plan
+from matryo.core.promise import Promise
 from matryo.index import catalogue as cat
 from matryo.index.items import item_digest
 from matryo.index.snapshot import Snapshot, as_stored, load_snapshot, vectors_path
@@ -111,6 +112,14 @@ class Writer:
         if dead:
             self._committed(after)
         return len(dead)
+
+    def promise(self, snapshot: Snapshot, promise: Promise) -> None:
+        """The calibrated plan becomes the index's own, and its promise stands beside it: one commit."""
+        state = snapshot.state
+        after = replace(state, seq=state.seq + 1, plan=str(promise.plan), promise=promise.as_json())
+        with storage_errors(f"writing to {self._folder}"), self._catalogue.writing() as connection:
+            cat.write_state(connection, after)
+        self._committed(after)
 
     def compact(self, snapshot: Snapshot) -> int:
         """Copy the live rows into the next generation's file, switch to it in one commit, remove the old one."""
