@@ -85,7 +85,8 @@ def recalls_of(source: Source, queries_QD: Float32s, k: int, own: Rows | None = 
     """
     asked = k if own is None else k + 1
     best = _without(run(Plan((Stage(source.width, "float32"),)), queries_QD, asked, source), own, k)
-    edges = np.array([scores[-1] for scores in best])
+    edges = np.array([scores[-1] if len(scores) else np.inf for scores in best])
+    k = min(k, *(len(scores) for scores in best)) if len(best) else k
 
     def found(plan: Plan) -> Floats:
         answers = _without(run(plan, queries_QD, asked, source), own, k)

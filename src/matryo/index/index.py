@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from matryo.core.errors import DamagedError, InputError, StorageError
 from matryo.core.files import fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.core.prefix import check_width
-from matryo.core.promise import Promise
+from matryo.core.promise import Floats, Promise
 from matryo.index import calibration
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, Rows, StageReport, check_plan, default_plan, finish, run
@@ -239,6 +239,21 @@ class Index:
                 said = calibration.note(made, chosen, k, state.live, condition is not None)
                 hits = replace(hits, promise=said)
             return hits
+
+    def recalls(self, queries: Any, k: int = 10) -> Callable[[str | Plan], Floats]:
+        """Plan -> recall@k of each query: (Q,) shares of the exact k best that a search by this plan would find.
+
+        The exact answers are searched for once, now; both they and the plans are of this moment's items.
+
+        Args:
+            queries: (Q, width) numbers.
+        """
+        k = check_k(k)
+        with self._reading() as (_, snapshot):
+            width = snapshot.state.width
+            unit = unit_queries(queries, width)
+        found = calibration.recalls_of(View(snapshot), unit, k)
+        return lambda plan: found(check_plan(parsed(plan), width))
 
     def calibrate(
         self,
