@@ -244,9 +244,9 @@ class IndexContract(ABC):
             (lambda: filled.search(rows(1), k=True), "k must be"),
             (lambda: filled.search(rows(1), plan="65:float32"), "65"),
             (lambda: filled.search(rows(1), plan="nonsense"), "stage 1"),
-            (lambda: filled.search(rows(1), plan="32:int8 hnsw(M=8,ef=9) keep 9 > 64:float32"), "no scan hnsw"),
-            (lambda: filled.search(rows(1), plan="32:int4 keep 9 > 64:float32"), "no code int4"),
-            (lambda: filled.search(rows(1), plan="32:float32 keep 9 > 64:pq8"), "no code pq8"),
+            (lambda: filled.search(rows(1), plan="32:binary hnsw(M=8,ef=9) keep 9 > 64:float32"), "hnsw runs over"),
+            (lambda: filled.search(rows(1), plan="32:pq7 keep 9 > 64:float32"), "pq7 cuts"),
+            (lambda: filled.search(rows(1), plan="32:float32 keep 9 > 64:pq5"), "pq5 cuts"),
         ]
         for call, says in calls:
             with pytest.raises(InputError, match=says):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
 
-CODES = ["float32", "float16", "bfloat16", "int8", "int4", "binary", "pq16"]
+CODES = ["float32", "float16", "bfloat16", "int8", "int4", "binary", "rabitq", "pq16"]
 
 
 @st.composite
@@ -16,8 +16,9 @@ def plans(draw) -> Plan:
     keeps = sorted(draw(st.lists(st.integers(1, 5000), min_size=count, max_size=count)), reverse=True)
     last = draw(st.booleans())
     scan = draw(st.sampled_from(["flat", "hnsw", "ivf"]))
-    names = {"flat": (), "hnsw": ("M", "ef"), "ivf": ("cells", "probe")}[scan]
-    options = tuple((name, draw(st.integers(1, 999))) for name in draw(st.permutations(names)))
+    names = {"flat": (), "hnsw": ("M", "ef"), "ivf": ("cells", "probe", "at")}[scan]
+    most = {"at": widths[0]}
+    options = tuple((name, draw(st.integers(1, most.get(name, 999)))) for name in draw(st.permutations(names)))
     return Plan(
         tuple(
             Stage(
@@ -44,6 +45,8 @@ def test_the_text_reads_back(plan):
         "256:binary keep 400 > 768:int8 keep 40 > 768:float32",
         "128:int8 hnsw(M=32,ef=80) keep 200 > 768:float16",
         "64:float32 ivf(cells=4096,probe=32) keep 1000 > 256:int8 keep 100 > 1024:float16",
+        "256:pq32 ivf(cells=1024,probe=32,at=64) keep 200 > 768:float32",
+        "128:rabitq keep 200 > 256:int4 keep 40 > 768:float32",
         "768:float32",
     ],
 )
@@ -65,6 +68,7 @@ def test_spaces_do_not_matter():
         ("64:int8 hnsw(Z=3)", "hnsw takes M="),
         ("64:int8 hnsw(M=0)", "integer above 0"),
         ("64:int8 hnsw(M=3,M=4)", "given twice"),
+        ("64:int8 ivf(cells=4,at=65)", "stage 1 .*cells are made at a width of at most the stage's, 64"),
         ("64:int8 > 128:int8", "stage 1 .*must say how many"),
         ("128:int8 keep 9 > 64:int8", "stage 2 .*widths never shrink"),
         ("64:int8 keep 9 > 64:int8 keep 10", "stage 2 .*keep never grows"),

@@ -6,14 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_contract import rows, unit
 
-from matryo.core.codecs import Float16, codec
+from matryo.core.codecs import Float16
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
-from matryo.index.codes import Column, hamming
+from matryo.index.column import Column, hamming
 from matryo.index.funnel import CODES, SCANS, best, check_plan, default_plan, run
 from matryo.index.snapshot import row_products
+from matryo.index.trained import index_codec
 from matryo.index.vectors import halves
+
+NAMES = (*(code for code in CODES if code != "pq<bytes>"), "pq4")  # pq4 fits every width that 8 divides
 
 
 class Arrays:
@@ -30,7 +33,7 @@ class Arrays:
         return [everything[best(-self.rescore(stage, query, everything), n)] for query in queries_QD]
 
     def rescore(self, stage, query_D, rows_R):
-        made = codec(stage.code, stage.width)
+        made = index_codec(stage.code, stage.width)
         prefixes = truncate(self.base[:, : stage.width], stage.width)
         decoded = made.decode(made.fit(prefixes).encode(prefixes))[rows_R]
         return row_products(decoded, query_D[: stage.width])
@@ -49,7 +52,7 @@ def plans(draw, full: int, keep_all: int | None = None):
         width = draw(st.integers(width // 8, full // 8)) * 8
         keep = keep_all or draw(st.integers(1, keep))
         last = n == count - 1
-        stages.append(Stage(width, draw(st.sampled_from(CODES)), keep=None if last and not keep_all else keep))
+        stages.append(Stage(width, draw(st.sampled_from(NAMES)), keep=None if last and not keep_all else keep))
     return Plan(tuple(stages))
 
 
@@ -120,7 +123,7 @@ def test_hamming_in_pieces_is_hamming(width):
     np.testing.assert_allclose(column.scores(queries[0], np.array([3, 47])), signs[[3, 47]] @ queries[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in CODES if name != "binary"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "binary"])
 def test_costs_are_minus_the_scores_of_decoded_codes(name):
     base, queries = unit(rows(300)).astype(np.float32), unit(rows(2, seed=1)).astype(np.float32)
     column = Column(name, 48)
@@ -160,12 +163,27 @@ def test_the_default_plan_fits_every_width(width):
     assert plan.width == width
 
 
-def test_what_the_engine_cannot_do_is_refused_by_name():
-    for text in (
-        "32:int4 keep 5 > 64:float32",
-        "32:pq8 keep 5 > 64:float32",
-        "32:int8 ivf(cells=4,probe=1) keep 5 > 64:int8",
-    ):
-        with pytest.raises(InputError, match=r"this index has no (code|scan) \w+; it scans flat over float32, float16"):
-            check_plan(Plan.parse(text), 64)
-    assert SCANS == ("flat",)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "32:binary hnsw keep 5 > 64:float32",
+            r"hnsw runs over float32, float16, bfloat16, int8, int4; for example '64:",
+        ),
+        ("32:rabitq hnsw keep 5 > 64:float32", "hnsw runs over"),
+        ("32:pq8 hnsw keep 5 > 64:float32", "hnsw runs over"),
+        ("40:pq16 keep 5 > 64:float32", "pq16 cuts a prefix into 32 equal parts, .* 40 .* use pq4, pq5, pq10, pq20"),
+        ("7:pq1 keep 5 > 64:float32", "pq1 cuts .* use an even width"),
+        ("32:int8 keep 5 > 48:pq7", r"stage 2 \(48:pq7\): pq7 cuts"),
+        ("64:rabitq ivf(cells=4,at=32) keep 5 > 64:float32", "leave `at` out"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_by_name(text, said):
+    with pytest.raises(InputError, match=said):
+        check_plan(Plan.parse(text), 64)
+
+
+def test_every_scan_and_code_of_the_table_is_accepted():
+    for scan, names in SCANS.items():
+        for name in names:
+            check_plan(Plan.parse(f"64:{name.replace('<bytes>', '16')} {scan} keep 9 > 64:float32"), 64)

@@ -116,7 +116,7 @@ def test_creating_over_anything_is_refused_and_loses_nothing(folder, tmp_path):
         ({"width": 0}, "outside 1"),
         ({"width": True}, "integer"),
         ({"width": 64, "plan": "128:binary keep 5 > 128:float32"}, "64"),
-        ({"width": 64, "plan": "32:int8 hnsw(M=8,ef=9) keep 9 > 64:float32"}, "no scan hnsw"),
+        ({"width": 64, "plan": "32:binary hnsw(M=8,ef=9) keep 9 > 64:float32"}, "hnsw runs over"),
         ({"width": 64, "model": "toy"}, "must be a dict"),
         ({"width": 64, "store": "int8"}, "store must be 'float16' or 'float32', got 'int8'"),
         ({"width": 64, "model": {"x": object()}}, "must be JSON"),

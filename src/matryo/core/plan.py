@@ -2,9 +2,11 @@
 
     256:binary keep 400 > 768:int8 keep 40 > 768:float32
     128:int8 hnsw(M=32,ef=80) keep 200 > 768:float16
+    256:pq32 ivf(cells=1024,probe=32,at=64) keep 200 > 768:float32
 
 A stage is `width:code [scan] [keep n]`. Stages are joined by `>`. Every stage but the last says how many candidates it
-keeps; the last keeps as many as the caller asks for.
+keeps; the last keeps as many as the caller asks for. `hnsw` gives each row M links and follows the `ef` best; `ivf`
+sorts rows into `cells` by their first `at` dimensions (the stage's width unless said) and scans the `probe` nearest.
 """
 
 import re
@@ -12,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from matryo.core.errors import InputError
 
-CODE = re.compile(r"float32|float16|bfloat16|int8|int4|binary|pq[1-9][0-9]*")
-SCANS: dict[str, tuple[str, ...]] = {"flat": (), "hnsw": ("M", "ef"), "ivf": ("cells", "probe")}
+CODE = re.compile(r"float32|float16|bfloat16|int8|int4|binary|rabitq|pq[1-9][0-9]*")
+SCANS: dict[str, tuple[str, ...]] = {"flat": (), "hnsw": ("M", "ef"), "ivf": ("cells", "probe", "at")}
 STAGE = re.compile(
     r"(?P<width>[0-9]+)\s*:\s*(?P<code>[a-z0-9]+)"
     r"(?:\s+(?P<scan>(?!keep\b)[a-z]+)(?:\s*\((?P<options>[^()]*)\))?)?"
@@ -46,7 +48,8 @@ class Plan:
     """Stages from coarse to fine. `Plan.parse(str(plan)) == plan` for every plan.
 
     Laws, checked at construction: widths never shrink; `keep` never grows; only the first stage may scan by `hnsw` or
-    `ivf` (later ones score a shortlist); every stage but the last has a `keep`; binary widths are multiples of 8.
+    `ivf` (later ones score a shortlist), with `at` up to its width; every stage but the last has a `keep`; binary
+    widths are multiples of 8.
     """
 
     stages: tuple[Stage, ...]
@@ -92,12 +95,12 @@ def _stage(text: str, n: int) -> Stage:
     code, scan = found["code"], found["scan"] or "flat"
     if not CODE.fullmatch(code):
         raise InputError(
-            f"stage {n}: unknown code {code!r}; use float32, float16, bfloat16, int8, int4, binary or pq<bytes>, "
-            f"for example '{EXAMPLE}'"
+            f"stage {n}: unknown code {code!r}; use float32, float16, bfloat16, int8, int4, binary, rabitq or "
+            f"pq<bytes>, for example '{EXAMPLE}'"
         )
     if scan not in SCANS:
         raise InputError(
-            f"stage {n}: unknown scan {scan!r}; use flat, hnsw(M=..,ef=..) or ivf(cells=..,probe=..), "
+            f"stage {n}: unknown scan {scan!r}; use flat, hnsw(M=..,ef=..) or ivf(cells=..,probe=..,at=..), "
             f"for example '{found['width']}:{code} hnsw(M=32,ef=80) keep 200 > 768:float16'"
         )
     options: list[tuple[str, int]] = []
@@ -124,6 +127,8 @@ def _problems(stages: tuple[Stage, ...]) -> list[str]:
             faults.append(f"{here}: a binary width must be a multiple of 8")
         if stage.keep is not None and stage.keep < 1:
             faults.append(f"{here}: keep must be at least 1")
+        if dict(stage.options).get("at", 0) > stage.width:
+            faults.append(f"{here}: cells are made at a width of at most the stage's, {stage.width}")
         if n > 1 and stage.scan != "flat":
             faults.append(f"{here}: only the first stage may scan by {stage.scan}; later ones score a shortlist")
         if n < len(stages) and stage.keep is None:
@@ -150,5 +155,6 @@ def _mended(stages: tuple[Stage, ...]) -> "Plan":
         if keep is not None:
             keep = max(1, keep if allowed is None else min(keep, allowed))
         scan, options = (stage.scan, stage.options) if n == 0 else ("flat", ())
+        options = tuple((name, min(value, width) if name == "at" else value) for name, value in options)
         mended.append(Stage(width, stage.code, scan, options, keep))
     return Plan(tuple(mended))

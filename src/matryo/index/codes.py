@@ -1,148 +1,54 @@
-"""Codes in memory, one column per (width, code), derived from the vectors and cached in files that may be thrown away.
+"""Codes and what is built of them, one per width and name, derived from the vectors and cached in files that may be
+thrown away.
 
-A column grows as rows are appended. Its codec was fitted on the prefixes of the stored vectors; when the rows have
-doubled since, a codec that learns a scale is fitted again.
+A name is a code (`int8`: a column whose rows can be scored one by one) or a code and a scan (`pq32 flat`,
+`int8 hnsw(M=32)`: what a first stage builds).
 """
 
-import importlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from matryo.core.codecs import Binary, Codec, Float16, Int8, codec
+from matryo.core.errors import StorageError
 from matryo.core.files import digest, write_atomically
-from matryo.core.prefix import truncate
-from matryo.index.vectors import CHUNK_ROWS, Vectors, halves
-
-Float32s = NDArray[np.float32]
-Rows = NDArray[np.int64]
-Part = NDArray[Any]
-
-FIT_ROWS = 65536
-SCAN_ELEMENTS = 1 << 20
-"""Numbers decoded at a time: 4 MB of float32, so that the product after the decoding reads a cache."""
-HAMMING_BYTES = (64, 32, 16, 8)
-"""Code lengths faiss has unrolled Hamming loops for. A wider code is a sum over pieces of these lengths."""
+from matryo.core.plan import Stage
+from matryo.index.column import Column, Float32s, Rows
+from matryo.index.scans.cells import Cells
+from matryo.index.scans.common import Allowed
+from matryo.index.scans.flat import scan_column
+from matryo.index.scans.graph import Graph
+from matryo.index.scans.scanner import Scanner, Sealed, sealed_name, stage_of
+from matryo.index.trained import faiss_module
+from matryo.index.vectors import Vectors
 
 Manifest = dict[str, tuple[int, str, int]]
 """file name -> (size, digest, rows covered)"""
+ManifestRow = tuple[str, int, str, int]
+IN_PLACE = ("float32", "float16", "bfloat16", "int8", "binary")
+"""Codes whose flat scan reads the column itself; the others are packed for it."""
 
 
-class Column:
-    """The codes of the first `rows` rows at one width, as arrays that only grow.
-
-    Binary codes lie in pieces of 64, 32, 16 or 8 bytes a row, each its own contiguous array, zero bits at the end.
-    """
-
-    def __init__(self, name: str, width: int) -> None:
-        self.codec: Codec = codec(name, width)
-        self.width, self.rows, self.fitted = width, 0, 0
-        self.parts: list[Part] = []
-        if name == "binary":
-            left, self.pieces = -(-width // 64) * 8, []
-            while left:
-                self.pieces.append(next(size for size in HAMMING_BYTES if size <= left))
-                left -= self.pieces[-1]
-
-    def extend(self, vectors: Vectors, end: int) -> None:
-        """Encode rows up to `end` from verified vectors. Arrays already handed out keep their content."""
-        if end <= self.rows:
-            return
-        if not self.fitted:
-            step = max(1, end // FIT_ROWS)
-            self.codec.fit(truncate(vectors.take(np.arange(0, end, step))[:, : self.width], self.width))
-            self.fitted = end
-        for start in range(self.rows, end, CHUNK_ROWS):
-            stop = min(start + CHUNK_ROWS, end)
-            prefixes = truncate(vectors.chunk(start, stop)[:, : self.width], self.width)
-            self._put(start, end, self._split(self.codec.encode(prefixes)))
-        self.rows = end
-
-    def _split(self, codes: Part) -> list[Part]:
-        if not isinstance(self.codec, Binary):
-            return [codes]
-        if self.pieces == [codes.shape[1]]:
-            return [codes]
-        padded = np.pad(codes, ((0, 0), (0, sum(self.pieces) - codes.shape[1])))
-        return np.split(padded, np.cumsum(self.pieces)[:-1], axis=1)
-
-    def _put(self, at: int, end: int, codes: list[Part]) -> None:
-        if not self.parts or len(self.parts[0]) < end:
-            # Exactly what is needed at first, an eighth of room once it grows.
-            room = end if not self.rows else end + end // 8
-            grown = [np.empty((room, *part.shape[1:]), part.dtype) for part in codes]
-            for new, old in zip(grown, self.parts, strict=False):
-                new[:at] = old[:at]
-            self.parts = grown
-        for into, part in zip(self.parts, codes, strict=True):
-            into[at : at + len(part)] = part
-
-    @property
-    def stale(self) -> bool:
-        """Whether the scale was learnt from fewer than half of the rows."""
-        return self.rows > 2 * self.fitted and bool(self.codec.state)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(part.nbytes for part in self.parts)
-
-    def costs(self, queries_QD: Float32s, end: int) -> NDArray[Any]:
-        """(Q, end) costs of every row, lower is better: Hamming distances (int32) or minus inner products (float32)."""
-        parts = self.parts
-        if isinstance(self.codec, Binary):
-            codes = self._split(self.codec.encode(np.ascontiguousarray(queries_QD[:, : self.width])))
-            total = hamming(codes[0], parts[0], end)
-            for mine, theirs in zip(codes[1:], parts[1:], strict=True):
-                total += hamming(mine, theirs, end)
-            return total
-        queries = -queries_QD[:, : self.width]
-        if isinstance(self.codec, Int8):
-            queries = queries * self.codec.state["scale"]
-        out = np.empty((len(queries), end), np.float32)
-        step = max(1, SCAN_ELEMENTS // self.width)
-        for start in range(0, end, step):
-            stop = min(start + step, end)
-            products(queries, self._numbers(parts[0][start:stop]), out[:, start:stop])
-        return out
-
-    def scores(self, query_D: Float32s, rows: Rows) -> Float32s:
-        """(R,) inner products of the float query with the decoded codes of these rows."""
-        parts = [part[rows] for part in self.parts]
-        codes = np.concatenate(parts, axis=1)[:, : self.width // 8] if isinstance(self.codec, Binary) else parts[0]
-        decoded: Float32s = self.codec.decode(codes) @ query_D[: self.width]
-        return decoded
-
-    def _numbers(self, codes: Part) -> Float32s:
-        """Codes as float32, int8 without its scale (which the query carries)."""
-        if isinstance(self.codec, Int8):
-            return codes.astype(np.float32)
-        return halves(codes) if isinstance(self.codec, Float16) else self.codec.decode(codes)
-
-    def arrays(self) -> dict[str, Part]:
-        """Everything worth caching, for a safetensors file."""
-        codes = {f"part{n}": part[: self.rows] for n, part in enumerate(self.parts)}
-        state = {f"state.{name}": value for name, value in self.codec.state.items()}
-        return {**codes, **state, "fitted": np.array([self.fitted], np.int64)}
-
-    def load(self, arrays: dict[str, Part], rows: int) -> "Column":
-        """Take over what `arrays` gave."""
-        self.parts = [arrays[f"part{n}"] for n in range(sum(name.startswith("part") for name in arrays))]
-        self.codec.load({name[6:]: value for name, value in arrays.items() if name.startswith("state.")})
-        self.rows, self.fitted = rows, int(arrays["fitted"][0])
-        return self
+def held_as(stage: Stage, first: bool) -> str:
+    """The name of what a stage needs: a first stage scans, a later one scores rows."""
+    return stage.code if not first or (stage.scan == "flat" and stage.code in IN_PLACE) else sealed_name(stage)
 
 
 class CodeStore:
-    """The columns of one generation. Safe to use from several threads."""
+    """Columns and scanners of one generation. Safe to use from several threads."""
 
     def __init__(self, folder: Path, generation: int, manifest: Manifest) -> None:
         self.folder, self.generation, self.manifest = folder, generation, manifest
         self._columns: dict[tuple[int, str], Column] = {}
+        self._scanners: dict[tuple[int, str], Scanner] = {}
         self._lock = threading.Lock()
+
+    def scan(self, stage: Stage, queries_QD: Float32s, n: int, vectors: Vectors, allowed: Allowed | None) -> list[Rows]:
+        """The n best rows of `vectors` for each query by this stage's code and scan, ascending."""
+        name = held_as(stage, first=True)
+        if name == stage.code:
+            column = self.column(stage.width, name, vectors)
+            return scan_column(column, queries_QD, n, vectors.end, allowed)
+        return self.scanner(stage.width, name).scan(stage, queries_QD, n, vectors, vectors.end, allowed)
 
     def column(self, width: int, name: str, vectors: Vectors) -> Column:
         """A column that covers all rows of `vectors`: from memory, else from its file, else encoded anew."""
@@ -151,7 +57,7 @@ class CodeStore:
         if have is not None and have.rows >= vectors.end:
             return have
         with self._lock:
-            column = self._columns.get(key) or self._cached(width, name, vectors.end) or Column(name, width)
+            column = self._columns.get(key) or self._column_file(width, name, vectors.end) or Column(name, width)
             column.extend(vectors, vectors.end)
             if column.stale:
                 column = Column(name, width)
@@ -159,63 +65,103 @@ class CodeStore:
             self._columns[key] = column
             return column
 
-    def file_name(self, width: int, name: str) -> str:
-        """Name of a column's cache file; the generation in it keeps renumbered rows apart."""
-        return f"{self.generation}-{width}-{name}.safetensors"
+    def scanner(self, width: int, name: str) -> Scanner:
+        """A scanner: from memory, else from its file, else one that builds at its first scan."""
+        key = (width, name)
+        have = self._scanners.get(key)
+        if have is None:
+            with self._lock:
+                have = self._scanners.get(key)
+                if have is None:
+                    stage = stage_of(width, name)
+                    have = self._scanners[key] = Scanner(stage, self._sealed_file(stage, name))
+        return have
 
-    def _cached(self, width: int, name: str, end: int) -> Column | None:
+    def file_name(self, width: int, name: str) -> str:
+        """Name of a cache file; the generation in it keeps renumbered rows apart."""
+        if " " not in name:
+            return f"{self.generation}-{width}-{name}.safetensors"
+        plain = name.replace(" ", "-").replace("(", "-").replace(")", "").replace("=", "").replace(",", "-")
+        return f"{self.generation}-{width}-{plain}.faiss"
+
+    def _verified(self, width: int, name: str) -> tuple[Path, int] | None:
+        """A cache file that is what was written and the rows it covers, else None."""
+        noted = self.manifest.get(self.file_name(width, name))
+        path = self.folder / self.file_name(width, name)
+        try:
+            whole = noted is not None and path.stat().st_size == noted[0] and digest(path) == noted[1]
+        except OSError:
+            return None
+        return (path, noted[2]) if noted is not None and whole else None
+
+    def _column_file(self, width: int, name: str, end: int) -> Column | None:
         """The column from its file; None where there is none, or it is damaged, for it can always be encoded anew."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        noted = self.manifest.get(self.file_name(width, name))
-        path = self.folder / self.file_name(width, name)
+        found = self._verified(width, name)
+        if found is None or found[1] > end:
+            return None
         try:
-            if noted is None or noted[2] > end or path.stat().st_size != noted[0] or digest(path) != noted[1]:
-                return None
-            return Column(name, width).load(load(path.read_bytes()), noted[2])
+            return Column(name, width).load(load(found[0].read_bytes()), found[1])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def loaded(self) -> dict[tuple[int, str], Column]:
-        """The columns in memory."""
-        return dict(self._columns)
+    def _sealed_file(self, stage: Stage, name: str) -> Sealed | None:
+        found = self._verified(stage.width, name)
+        if found is None:
+            return None
+        faiss = faiss_module()
+        kind = Graph if stage.scan == "hnsw" else Cells
+        try:
+            index = faiss.read_index(str(found[0]), faiss.IO_FLAG_MMAP_IFC if kind is Graph else 0)
+            return kind(stage, index) if (index.ntotal, index.d) == (found[1], stage.width) else None
+        except RuntimeError:  # faiss' only exception
+            return None
 
-    def save(self, width: int, name: str, vectors: Vectors) -> tuple[str, int, str, int] | None:
-        """Write a column's file unless a recent one is there; the manifest row to commit. Raises StorageError."""
+    def loaded(self) -> dict[tuple[int, str], Column | Scanner]:
+        """What is in memory."""
+        return {**self._columns, **self._scanners}
+
+    def save(self, width: int, name: str, vectors: Vectors) -> ManifestRow | None:
+        """Write a cache file unless a recent one is there; the manifest row to commit. Raises StorageError."""
         from safetensors.numpy import save
 
         file = self.file_name(width, name)
+        if " " in name:
+            scanner = self.scanner(width, name)
+            scanner.cover(vectors, vectors.end)
+            scanner.wait()
+            sealed = scanner.sealed
+            if sealed is None or self._recent(file, sealed.rows, 0):
+                return None
+            index = sealed.index
+            return self._write(file, sealed.rows, lambda path: faiss_module().write_index(index, str(path)))
         column = self.column(width, name, vectors)
-        noted = self.manifest.get(file)
-        fresh = noted is not None and (self.folder / file).exists() and column.rows - noted[2] <= noted[2] // 10
-        if fresh or not column.rows:
+        if not column.rows or self._recent(file, column.rows, 10):
             return None
-        self.folder.mkdir(exist_ok=True)
         # Written here and not by safetensors, whose files only their owner may read.
-        write_atomically(self.folder / file, lambda temporary: _write(temporary, save(column.arrays())))
-        row = (file, (self.folder / file).stat().st_size, digest(self.folder / file), column.rows)
+        data = save(column.arrays())
+        return self._write(file, column.rows, lambda path: _write(path, data))
+
+    def _recent(self, file: str, rows: int, share: int) -> bool:
+        """Whether a file is there that lacks at most one row in `share` (none where share is 0)."""
+        noted = self.manifest.get(file)
+        lacking = 0 if noted is None else rows - noted[2]
+        return noted is not None and (self.folder / file).exists() and lacking <= (noted[2] // share if share else 0)
+
+    def _write(self, file: str, rows: int, write: Callable[[Path], None]) -> ManifestRow:
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / file
+        try:
+            write_atomically(path, write)
+        except RuntimeError as error:  # faiss says a full disk so
+            raise StorageError(
+                f"writing {path}: {str(error).splitlines()[-1]}; it is derived, nothing is lost"
+            ) from error
+        row = (file, path.stat().st_size, digest(path), rows)
         self.manifest[file] = row[1:]
         return row
-
-
-def hamming(queries: Part, codes: Part, end: int) -> NDArray[np.int32]:
-    """(Q, end) Hamming distances of 8, 16, 32 or 64 byte codes."""
-    faiss = importlib.import_module("faiss")
-    queries = np.ascontiguousarray(queries)
-    out = np.empty((len(queries), end), np.int32)
-    if end and len(queries):
-        swig = faiss.swig_ptr
-        faiss.hammings(swig(queries), swig(codes), len(queries), end, codes.shape[1], swig(out))
-    return out
-
-
-def products(queries_QD: Float32s, rows_ND: Float32s, out_QN: Float32s) -> None:
-    """out = queries . rows^T; one query goes through the matrix-vector product, which reads each row once."""
-    if len(queries_QD) == 1:
-        np.dot(rows_ND, queries_QD[0], out=out_QN[0])
-    else:
-        out_QN[:] = queries_QD @ rows_ND.T
 
 
 def _write(path: Path, data: bytes) -> None:

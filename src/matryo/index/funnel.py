@@ -17,8 +17,9 @@ Float32s = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 # What this engine can do, as data: a test walks it, and `check_plan` refuses everything else.
-SCANS = ("flat",)
-CODES = ("float32", "float16", "bfloat16", "int8", "binary")
+CODES = ("float32", "float16", "bfloat16", "int8", "int4", "binary", "rabitq", "pq<bytes>")
+SCANS = {"flat": CODES, "hnsw": ("float32", "float16", "bfloat16", "int8", "int4"), "ivf": CODES}
+"""Which codes each scan runs over."""
 
 
 class Source(Protocol):
@@ -59,12 +60,14 @@ def check_plan(plan: Plan, full: int) -> Plan:
     """The plan, if this index can run it on vectors of `full` dimensions; else an InputError that says what it can."""
     plan.check(full)
     for n, stage in enumerate(plan.stages, start=1):
-        if stage.scan not in SCANS or stage.code not in CODES:
-            what = f"scan {stage.scan}" if stage.scan not in SCANS else f"code {stage.code}"
-            raise InputError(
-                f"stage {n} ({stage}): this index has no {what}; it scans {', '.join(SCANS)} over "
-                f"{', '.join(CODES)}, for example '{default_plan(full)}'"
-            )
+        kind = "pq<bytes>" if stage.code.startswith("pq") else stage.code
+        problem = product_problem(stage.width, int(stage.code[2:])) if kind == "pq<bytes>" else ""
+        if kind not in SCANS[stage.scan]:
+            problem = f"{stage.scan} runs over {', '.join(SCANS[stage.scan])}"
+        if stage.code == "rabitq" and dict(stage.options).get("at", stage.width) < stage.width:
+            problem = "rabitq is coded about the cells' centres, which have the stage's width; leave `at` out"
+        if problem:
+            raise InputError(f"stage {n} ({stage}): {problem}; for example '{default_plan(full)}'")
     return plan
 
 
@@ -122,6 +125,15 @@ def finish(query_D: Float32s, rows_R: Rows, k: int, source: Source) -> tuple[Row
     scores = source.exact(query_D, rows_R)
     order = np.argsort(-scores, kind="stable")[:k]
     return rows_R[order], scores[order]
+
+
+def product_problem(width: int, size: int) -> str:
+    """Why `pq<size>` cannot code this width, and what could; empty when it can."""
+    if size >= 1 and width % (2 * size) == 0:
+        return ""
+    right = [f"pq{n}" for n in range(1, width // 2 + 1) if width % (2 * n) == 0][-4:]
+    instead = ", ".join(right) if right else "an even width"
+    return f"pq{size} cuts a prefix into {2 * size} equal parts, which {width} dimensions do not give; use {instead}"
 
 
 def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:

@@ -3,6 +3,7 @@
 import sqlite3
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from matryo.core.plan import Stage
 from matryo.core.prefix import truncate
 from matryo.index import catalogue as cat
-from matryo.index.codes import CodeStore, products
-from matryo.index.funnel import Rows, barred_cost, best
+from matryo.index.codes import CodeStore
+from matryo.index.column import products
+from matryo.index.funnel import Rows, best
 from matryo.index.rerank import inner_products
+from matryo.index.scans.common import Allowed
 from matryo.index.vectors import STORES, Float32s, Vectors, floats
 
 VERIFY_AT_OPEN = 64 << 20
@@ -45,6 +48,11 @@ class Snapshot:
     def all_live(self) -> bool:
         """Whether no row is dead."""
         return self.state.live == self.state.end
+
+    @cached_property
+    def allowed(self) -> Allowed | None:
+        """The live rows; None where no row is dead."""
+        return None if self.all_live else Allowed(self.live)
 
 
 def load_snapshot(
@@ -88,8 +96,7 @@ class View:
 
     def __init__(self, snapshot: Snapshot, allowed: NDArray[np.bool_] | None = None) -> None:
         self._snapshot = snapshot
-        mask = allowed if allowed is not None else snapshot.live
-        self._barred = None if allowed is None and snapshot.all_live else ~mask
+        self._allowed = snapshot.allowed if allowed is None else Allowed(allowed)
 
     @property
     def width(self) -> int:
@@ -99,25 +106,22 @@ class View:
     @property
     def count(self) -> int:
         """Rows that may come back."""
-        return self._snapshot.state.end if self._barred is None else int((~self._barred).sum())
+        return self._snapshot.state.end if self._allowed is None else self._allowed.count
 
     def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
         """The n best rows for each query by this stage's code."""
         end = self._snapshot.state.end
         if not end:
             return [np.empty(0, np.int64) for _ in queries_QD]
-        whole = stage.width == self.width and stage.code == "float32"
-        at_a_time = max(1, COSTS_AT_A_TIME // max(1, end))
+        if stage.width < self.width or stage.code != "float32" or stage.scan != "flat":
+            return self._snapshot.codes.scan(stage, queries_QD, n, self._snapshot.vectors, self._allowed)
+        at_a_time = max(1, COSTS_AT_A_TIME // end)
         found: list[Rows] = []
         for start in range(0, len(queries_QD), at_a_time):
-            queries = queries_QD[start : start + at_a_time]
-            if whole:
-                costs = self._exact_costs(queries)
-            else:
-                costs = self._snapshot.codes.column(stage.width, stage.code, self._snapshot.vectors).costs(queries, end)
-            if self._barred is not None:
-                np.copyto(costs, barred_cost(costs), where=self._barred)
-            found += [best(row, n, SLACK if whole else 0.0) for row in costs]
+            costs = self._exact_costs(queries_QD[start : start + at_a_time])
+            if self._allowed is not None:
+                np.copyto(costs, np.inf, where=~self._allowed.mask)
+            found += [best(row, n, SLACK) for row in costs]
         return found
 
     def rescore(self, stage: Stage, query_D: Float32s, rows_R: Rows) -> Float32s:

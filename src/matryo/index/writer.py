@@ -19,6 +19,7 @@ from matryo.core.files import digest, fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.core.promise import Promise
 from matryo.index import catalogue as cat
+from matryo.index.codes import held_as
 from matryo.index.items import item_digest
 from matryo.index.snapshot import Snapshot, as_stored, load_snapshot, vectors_path
 from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s
@@ -166,7 +167,7 @@ class Writer:
         for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
             scanned = number == 0 and (stage.code != "float32" or stage.width < snapshot.state.width)
             if scanned or not as_stored(stage, snapshot.state.store):
-                wanted.add((stage.width, stage.code))
+                wanted.add((stage.width, held_as(stage, first=number == 0)))
         with storage_errors(f"writing codes in {self._folder}"):
             saved = [snapshot.codes.save(width, name, snapshot.vectors) for width, name in sorted(wanted)]
             with self._catalogue.writing() as connection:

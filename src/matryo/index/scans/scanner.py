@@ -1,0 +1,176 @@
+"""A first stage that builds something: what is built covers the rows that were there, a flat tail those written since.
+
+The tail is scanned exactly, in the same code, and its answers are merged. When it has grown past an eighth of what is
+built, a thread builds the larger one beside it; searches use the old one and its tail until the new one is there.
+"""
+
+import threading
+from dataclasses import replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from matryo.core.codecs import Codec, Float32s
+from matryo.core.errors import MatryoError
+from matryo.core.plan import Plan, Stage
+from matryo.index.column import Column, Stored
+from matryo.index.scans.cells import Cells
+from matryo.index.scans.common import Allowed, Found, Rows, first
+from matryo.index.scans.flat import dense
+from matryo.index.scans.graph import Graph
+
+TAIL_LEAST = 4096
+TAIL_SHARE = 8
+"""A tail of more than TAIL_LEAST rows and one TAIL_SHARE-th of what is built is merged into it."""
+QUERY_OPTIONS = ("ef", "probe")
+"""What may differ between searches of one graph or one set of cells."""
+
+
+class Sealed(Protocol):
+    """What is built over rows 0:rows. It never changes; `grown` makes another."""
+
+    index: Any
+
+    @property
+    def rows(self) -> int:
+        """Rows it covers."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    def grown(self, vectors: Stored, end: int) -> Self:
+        """A copy that covers the rows up to `end` too."""
+
+    def search(self, query_D: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> Found:
+        """The n best rows of one query."""
+
+    def tail_codec(self) -> Codec | None:
+        """The codec of its rows, None where one fitted anew will do."""
+
+
+def sealed_name(stage: Stage) -> str:
+    """What a scan of this stage builds, as text: `pq32 flat`, `int8 hnsw(M=32)`; same text, same structure."""
+    kept = tuple(sorted(option for option in stage.options if option[0] not in QUERY_OPTIONS))
+    text = str(replace(stage, options=kept, keep=None)).split(":", 1)[1]
+    return f"{text} flat" if stage.scan == "flat" else text
+
+
+def stage_of(width: int, name: str) -> Stage:
+    """The stage whose `sealed_name` this is."""
+    return Plan.parse(f"{width}:{name}").stages[0]
+
+
+def least_rows(stage: Stage) -> int:
+    """Rows from which on something is built; fewer are all tail."""
+    return dict(stage.options).get("cells", 1)
+
+
+class Scanner:
+    """One sealed structure and its tail. Safe to use from several threads."""
+
+    def __init__(self, stage: Stage, sealed: Sealed | None = None) -> None:
+        self.stage = stage
+        self._lock = threading.Lock()
+        self._merging: threading.Thread | None = None
+        self._pair: tuple[Sealed | None, Column] = (sealed, self._tail_of(sealed))
+
+    @property
+    def rows(self) -> int:
+        """Rows covered by what is built."""
+        sealed = self._pair[0]
+        return 0 if sealed is None else sealed.rows
+
+    @property
+    def end(self) -> int:
+        """Rows covered, with the tail."""
+        return self._pair[1].end
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        sealed, tail = self._pair
+        return tail.nbytes + (0 if sealed is None else sealed.nbytes)
+
+    @property
+    def sealed(self) -> Sealed | None:
+        """What is built."""
+        return self._pair[0]
+
+    def scan(
+        self, stage: Stage, queries_QD: Float32s, n: int, vectors: Stored, end: int, allowed: Allowed | None
+    ) -> list[Rows]:
+        """The n best rows among 0:end for each query, ascending; all allowed ones where there are no more than n."""
+        count = end if allowed is None else allowed.count
+        if n >= count:
+            every = np.arange(end) if allowed is None else allowed.rows
+            return [every for _ in queries_QD]
+        sealed, tail = self.cover(vectors, end)
+        options = dict(stage.options)
+        found = dense(tail, queries_QD, n, end, allowed) if end > tail.first else []
+        if sealed is None:
+            return [rows for _, rows in found]
+        if sealed.rows > end and allowed is None:
+            allowed = Allowed(np.ones(end, dtype=bool))
+        answers: list[Rows] = []
+        for number, query in enumerate(queries_QD):
+            scores, rows = sealed.search(query, n, allowed, options)
+            if found:
+                late_scores, late_rows = found[number]
+                scores, rows = np.concatenate([scores, late_scores]), np.concatenate([rows, late_rows])
+            answers.append(first(scores, rows, n)[1])
+        return answers
+
+    def cover(self, vectors: Stored, end: int) -> tuple[Sealed | None, Column]:
+        """What is built and its tail, together covering rows 0:end."""
+        sealed, tail = self._pair
+        if tail.end >= end and (sealed is not None or end < least_rows(self.stage)):
+            return sealed, tail
+        with self._lock:
+            sealed, tail = self._pair
+            if sealed is None and end >= least_rows(self.stage):
+                sealed = build(self.stage, vectors, end)
+                tail = self._tail_of(sealed)
+            tail.extend(vectors, end)
+            if sealed is None and tail.stale:
+                tail = self._tail_of(None)
+                tail.extend(vectors, end)
+            self._pair = (sealed, tail)
+            if sealed is not None and tail.rows > max(TAIL_LEAST, sealed.rows // TAIL_SHARE):
+                self._merge_aside(vectors, end)
+            return self._pair
+
+    def wait(self) -> None:
+        """Until no merge is under way."""
+        merging = self._merging
+        if merging is not None and merging is not threading.current_thread():
+            merging.join()
+
+    def _merge_aside(self, vectors: Stored, end: int) -> None:
+        if self._merging is None or not self._merging.is_alive():
+            self._merging = threading.Thread(target=self._merge, args=(vectors, end), name="matryo-merge")
+            self._merging.start()
+
+    def _merge(self, vectors: Stored, end: int) -> None:
+        sealed, _ = self._pair
+        if sealed is None:
+            return
+        try:
+            # Centres and scales learnt from less than half of the rows are learnt anew.
+            larger = build(self.stage, vectors, end) if end > 2 * sealed.rows else sealed.grown(vectors, end)
+            fresh = self._tail_of(larger)
+            with self._lock:
+                fresh.extend(vectors, max(end, self.end))
+                self._pair = (larger, fresh)
+        except MatryoError:
+            return  # damaged vectors: the tail goes on answering, and whoever reads those rows is told
+
+    def _tail_of(self, sealed: Sealed | None) -> Column:
+        first_row = 0 if sealed is None else sealed.rows
+        codec = None if sealed is None else sealed.tail_codec()
+        return Column(self.stage.code, self.stage.width, first_row, codec)
+
+
+def build(stage: Stage, vectors: Stored, end: int) -> Sealed:
+    """What the stage's scan needs, over rows 0:end."""
+    return (Graph if stage.scan == "hnsw" else Cells).build(stage, vectors, end)
