@@ -125,15 +125,19 @@ def check(index: Folder, as_json: Json = False) -> None:
     say_json({"damaged": []}) if as_json else say(f"{index}: no damage found")
 
 
-def compact(index: Folder, as_json: Json = False) -> None:
-    """Drop the rows of deleted and replaced documents and derive codes anew.
+def compact(
+    index: Folder,
+    store: Annotated[str | None, typer.Option(help="Keep full vectors as float16 or float32 from now on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the rows of deleted and replaced documents and derive codes anew. Searches go on meanwhile.
 
     Example: matryo index compact docs.matryo
     """
     from matryo import Index
 
     with Index.open(index) as opened:
-        dropped = opened.compact()
+        dropped = opened.compact(store)
     say_json({"dropped": dropped}) if as_json else say(f"dropped {dropped} dead rows")
 
 

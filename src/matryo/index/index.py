@@ -32,13 +32,13 @@ from matryo.index.opening import (
     check_k,
     check_model,
     check_store,
-    first_snapshot,
     folder_of,
     insist_on_model,
     parsed,
     refuse_taken,
     stored_plan,
     unit_queries,
+    whole_reading,
 )
 from matryo.index.snapshot import FILTERS_KEPT, VERIFY_AT_OPEN, Snapshot, View, load_snapshot, vectors_path
 from matryo.index.vectors import check_rows, unit_chunks
@@ -74,7 +74,10 @@ class Index:
     def __init__(self, folder: Path, catalogue: cat.Catalogue, writer: Writer | None, snapshot: Snapshot) -> None:
         """Not for callers: use `create` or `open`."""
         self._folder, self._catalogue, self._writer = folder, catalogue, writer
+        self._writing = threading.RLock()
+        """Held by whoever writes, for as long as that takes. Searches never wait for it."""
         self._lock = threading.RLock()
+        """Held for a moment, by whoever changes what was seen last."""
         # The latest commit seen: its state row as it lay there, and the snapshot. Replaced as one.
         self._seen: tuple[tuple[str, bytes] | None, Snapshot] = (None, snapshot)
         self._items_verified = False
@@ -149,7 +152,8 @@ class Index:
         try:
             with storage_errors(f"opening {folder}"):
                 catalogue = cat.Catalogue(folder, writable=lock is not None)
-                snapshot = first_snapshot(folder, catalogue)
+                with whole_reading(folder, catalogue) as (_, snapshot):
+                    pass
                 insist_on_model(snapshot.state.model, model, folder)
                 if snapshot.vectors.stored.nbytes <= VERIFY_AT_OPEN:
                     snapshot.vectors.ensure_all()
@@ -191,7 +195,7 @@ class Index:
         texts, fields = check_documents(documents, len(keys)), check_metadata(metadata, len(keys))
         if not keys:
             return 0
-        with self._lock:
+        with self._writing:
             writer.upsert(self._current(), keys, unit_chunks(rows), texts, fields)
         return len(keys)
 
@@ -199,7 +203,7 @@ class Index:
         """Delete items by id; the number that were there. Unknown ids are not an error."""
         writer = self._writable()
         keys = read_ids(ids)
-        with self._lock:
+        with self._writing:
             return writer.delete(self._current(), keys)
 
     def search(
@@ -297,7 +301,7 @@ class Index:
             state = snapshot.state
             loaded = snapshot.codes.loaded()
         with storage_errors(f"reading {self._folder}"):
-            files = {str(p.relative_to(self._folder)): p.stat().st_size for p in self._folder.rglob("*") if p.is_file()}
+            files = dict(_sizes(self._folder))
         return {
             "items": state.live,
             "dead_rows": state.end - state.live,
@@ -319,24 +323,34 @@ class Index:
         self._refuse_closed()
         return examine(self._folder, self._catalogue)
 
-    def compact(self) -> int:
-        """Rewrite the index without its dead rows and derive its codes anew; the number of rows dropped."""
+    def compact(self, store: str | None = None) -> int:
+        """Rewrite the index without its dead rows and derive its codes anew; the number of rows dropped.
+
+        Searches, here and in other processes, go on meanwhile over what was there before. Whatever goes wrong, the
+        index is as it was or it is compacted.
+
+        Args:
+            store: "float16" or "float32" to change how the full vectors lie on the disk; by default as they do.
+        """
         writer = self._writable()
-        with self._lock:
-            dropped = writer.compact(self._current())
-            with self._reading() as (_, snapshot):
-                writer.save_codes(snapshot, force=True)
-        return dropped
+        with self._writing:
+            before = self._current()
+            fresh = writer.compact(before, before.state.store if store is None else check_store(store))
+            with self._lock:
+                if self._seen[1].state.seq <= fresh.state.seq:
+                    self._seen = (None, fresh)
+            writer.tidy(fresh.state)
+        return before.state.end - fresh.state.end
 
     def close(self) -> None:
         """Close every file and give up the lock; harmless twice. A writer leaves its codes for the next to open."""
-        with self._lock:
+        with self._writing, self._lock:
             if self._closed:
                 return
             if self._writer is not None:
                 # Codes are a cache: that they could not be saved costs the next opening some time, nothing else.
                 with suppress(DamagedError, StorageError), self._reading() as (_, snapshot):
-                    self._writer.save_codes(snapshot, force=False)
+                    self._writer.save_codes(snapshot)
             self._closed = True
             self._catalogue.close()
             if self._writer is not None:
@@ -422,6 +436,14 @@ class Index:
             while len(snapshot.filters) > FILTERS_KEPT:
                 snapshot.filters.popitem(last=False)
         return rows
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Name and bytes of every file; one that a compaction removes meanwhile is left out."""
+    for path in sorted(folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                yield str(path.relative_to(folder)), path.stat().st_size
 
 
 def _filtered(

@@ -2,7 +2,9 @@
 
 import json
 import os
-from contextlib import suppress
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,8 +125,9 @@ def unit_queries(queries: object, width: int) -> Float32s:
     )
 
 
-def first_snapshot(folder: Path, catalogue: cat.Catalogue) -> Snapshot:
-    """Read the index for the first time, and refuse one that lost what it had acknowledged."""
+@contextmanager
+def whole_reading(folder: Path, catalogue: cat.Catalogue) -> Iterator[tuple[sqlite3.Connection, Snapshot]]:
+    """A read transaction and a snapshot read anew in it; an index that lost what it had acknowledged is refused."""
     for _ in range(100):
         # Read before the transaction begins: the head never runs ahead of the catalogue, a later one might.
         head = cat.read_head(folder)
@@ -133,7 +136,9 @@ def first_snapshot(folder: Path, catalogue: cat.Catalogue) -> Snapshot:
             cat.check_schema(connection)
             cat.check_head(head, state)
             try:
-                return load_snapshot(folder, connection, state)
+                snapshot = load_snapshot(folder, connection, state)
             except FileNotFoundError:
-                continue
+                continue  # compacted away since the transaction began
+            yield connection, snapshot
+            return
     raise DamagedError(f"{vectors_path(folder, state.generation, state.store)} is gone; {RECOVER}")

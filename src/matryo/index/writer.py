@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from matryo.core.errors import MatryoError
 from matryo.core.files import digest, fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.core.promise import Promise
 from matryo.index import catalogue as cat
-from matryo.index.codes import held_as
+from matryo.index.codes import CodeStore, held_as
 from matryo.index.items import item_digest
+from matryo.index.opening import whole_reading
 from matryo.index.snapshot import Snapshot, as_stored, load_snapshot, vectors_path
-from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s
+from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s, Vectors
 
 
 @dataclass(frozen=True)
@@ -122,30 +124,44 @@ class Writer:
             cat.write_state(connection, after)
         self._committed(after)
 
-    def compact(self, snapshot: Snapshot) -> int:
-        """Copy the live rows into the next generation's file, switch to it in one commit, remove the old one."""
+    def compact(self, snapshot: Snapshot, store: str) -> Snapshot:
+        """Copy the live rows into the next generation, derive its codes, switch to it in one commit; the new snapshot.
+
+        Everything slow is done beside the old generation, which readers go on using: vectors, codes and their files are
+        complete before the commit that makes them the index.
+        """
         state = snapshot.state
         rows = np.flatnonzero(snapshot.live)
-        final = vectors_path(self._folder, state.generation + 1, state.store)
+        after = replace(
+            state,
+            generation=state.generation + 1,
+            seq=state.seq + 1,
+            end=len(rows),
+            live=len(rows),
+            dead_sum=0,
+            store=store,
+        )
+        final = vectors_path(self._folder, after.generation, store)
         temporary = final.with_name(final.name + ".tmp")
         appender: Appender | None = None
         with storage_errors(f"compacting {self._folder}"):
             try:
-                appender = Appender(temporary, state.store, state.width, 0, None, fresh=True)
+                appender = Appender(temporary, store, state.width, 0, None, fresh=True)
                 parts = (rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS))
                 appended = appender.append(snapshot.vectors.take_stored(part) for part in parts)
                 appender.accept(appended)
                 os.replace(temporary, final)
                 fsync_folder(self._folder)
-                after = replace(
-                    state, generation=state.generation + 1, seq=state.seq + 1, end=len(rows), live=len(rows), dead_sum=0
-                )
+                vectors = Vectors(final, store, state.width, after.end, appended.blocks)
+                codes = CodeStore(self._folder / "codes", after.generation, {})
+                fresh = Snapshot(after, vectors, np.ones(after.end, dtype=bool), codes)
+                saved = _save(fresh, _wanted(snapshot))
                 with self._catalogue.writing() as connection:
-                    _renumber(connection, rows.tolist())
-                    connection.execute("DELETE FROM deaths")
-                    connection.execute("DELETE FROM blocks")
-                    connection.execute("DELETE FROM codes")
+                    _renumber(connection, rows)
+                    for table in ("deaths", "blocks", "codes"):
+                        connection.execute(f"DELETE FROM {table}")
                     _write_blocks(connection, appended.blocks)
+                    _write_codes(connection, saved)
                     cat.write_state(connection, after)
             except BaseException:
                 if appender is not None:
@@ -155,25 +171,22 @@ class Writer:
         old, self._appender = self._appender, appender
         old.close()
         self._committed(after)
-        self._sweep(after)
-        self._catalogue.tidy()
-        return state.end - len(rows)
+        self._dirty = False
+        return fresh
 
-    def save_codes(self, snapshot: Snapshot, force: bool) -> None:
+    def tidy(self, state: cat.State) -> None:
+        """After a compaction: remove the old generation's files and give its pages back."""
+        self._sweep(state)
+        self._catalogue.tidy()
+
+    def save_codes(self, snapshot: Snapshot) -> None:
         """Leave files of the codes in use, and of those the index's own plan needs, for the next to open."""
-        if not (self._dirty or force):
+        if not self._dirty:
             return
-        wanted = set(snapshot.codes.loaded())
-        for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
-            scanned = number == 0 and (stage.code != "float32" or stage.width < snapshot.state.width)
-            if scanned or not as_stored(stage, snapshot.state.store):
-                wanted.add((stage.width, held_as(stage, first=number == 0)))
         with storage_errors(f"writing codes in {self._folder}"):
-            saved = [snapshot.codes.save(width, name, snapshot.vectors) for width, name in sorted(wanted)]
+            saved = _save(snapshot, _wanted(snapshot))
             with self._catalogue.writing() as connection:
-                connection.executemany(
-                    "INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?)", [row for row in saved if row]
-                )
+                _write_codes(connection, saved)
         self._dirty = False
 
     def close(self) -> None:
@@ -219,11 +232,7 @@ def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
     notes: list[str] = []
     files = [cat.NAME, "head"]
     try:
-        with storage_errors(f"reading {folder}"), catalogue.reading() as connection:
-            head = cat.read_head(folder)
-            cat.check_schema(connection)
-            snapshot = load_snapshot(folder, connection, cat.parse_state(*cat.read_body(connection)))
-            cat.check_head(head, snapshot.state)
+        with storage_errors(f"reading {folder}"), whole_reading(folder, catalogue) as (connection, snapshot):
             files.append(snapshot.vectors.path.name)
             try:
                 snapshot.vectors.ensure_all()
@@ -242,6 +251,26 @@ def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
     return CheckReport(tuple(files), tuple(problems), tuple(notes))
 
 
+def _wanted(snapshot: Snapshot) -> set[tuple[int, str]]:
+    """Columns worth a file: those in use and those that the index's own plan needs."""
+    wanted = set(snapshot.codes.loaded())
+    for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
+        scanned = number == 0 and (stage.code != "float32" or stage.width < snapshot.state.width)
+        if scanned or not as_stored(stage, snapshot.state.store):
+            wanted.add((stage.width, held_as(stage, first=number == 0)))
+    return wanted
+
+
+def _save(snapshot: Snapshot, wanted: set[tuple[int, str]]) -> list[tuple[str, int, str, int]]:
+    """Write the files of these columns; the rows of the manifest to commit."""
+    saved = [snapshot.codes.save(width, name, snapshot.vectors) for width, name in sorted(wanted)]
+    return [row for row in saved if row]
+
+
+def _write_codes(connection: sqlite3.Connection, saved: list[tuple[str, int, str, int]]) -> None:
+    connection.executemany("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?)", saved)
+
+
 def _write_blocks(connection: sqlite3.Connection, blocks: list[Block]) -> None:
     connection.executemany(
         "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", [(b.number, b.rows, b.digest) for b in blocks]
@@ -253,10 +282,11 @@ def _dead_sum(state: cat.State, dead: list[tuple[int, int]]) -> int:
     return (state.dead_sum + cat.dead_sum(pairs[:, 0], pairs[:, 1])) % (1 << 64)
 
 
-def _renumber(connection: sqlite3.Connection, rows: list[int]) -> None:
+def _renumber(connection: sqlite3.Connection, rows: NDArray[np.int64]) -> None:
     """Item at rows[n] becomes item n. Going upwards no number is taken when its turn comes."""
-    for start in range(0, len(rows), 500):
-        part = rows[start : start + 500]
+    same = int((rows == np.arange(len(rows))).sum())  # those before the first dead row stay as they are
+    for start in range(same, len(rows), 500):
+        part = rows[start : start + 500].tolist()
         items = cat.read_items(connection, part)
         connection.executemany(
             "UPDATE items SET row = ?, digest = ? WHERE row = ?",
