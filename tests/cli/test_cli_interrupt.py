@@ -9,7 +9,7 @@ import time
 import pytest
 
 from matryo.cli import run
-from matryo.cli.index import BATCH
+from matryo.cli.documents import BATCH
 from matryo.core.errors import MatryoError
 from matryo.index import Index
 
@@ -53,7 +53,7 @@ def test_ctrl_c_keeps_whole_batches_and_the_rest_can_follow(corpus, tmp_path, ca
     assert kept % BATCH == 0
     assert err == (
         f"matryo: interrupted; {index} holds {kept} documents, in whole batches; the rest can follow by "
-        "'matryo index add' with the same file\n"
+        "the same command with --resume\n"
     )
     assert run(["index", "check", str(index)]) == 0
 

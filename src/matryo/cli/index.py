@@ -8,22 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matryo.cli.documents import Documents, ready_vectors
 from matryo.cli.plan import calibrate
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from matryo.encoders import Model
-    from matryo.index import Hits, Index
+    from matryo.index import Batch, Hits, Index
 
-BATCH = 2048
-"""Documents encoded and committed at a time: what an interruption can cost."""
+CATALOGUE = "catalogue.sqlite"
+"""The file whose presence makes a folder an index."""
 
 Folder = Annotated[Path, typer.Argument(help="Index folder.")]
-Documents = Annotated[Path, typer.Argument(help="Table of documents, or a folder with corpus.jsonl[.gz].")]
+Source = Annotated[Path, typer.Argument(help="Table of documents, a folder with corpus.jsonl[.gz], or vectors alone.")]
 Vectors = Annotated[Path | None, typer.Option(help="Ready vectors, one row per document (.npy, ...).")]
 Metadata = Annotated[list[str] | None, typer.Option(help="Column kept for filters; repeatable.")]
 
@@ -38,38 +36,46 @@ def add(app: typer.Typer) -> None:
 
 
 def build(
-    documents: Documents,
+    documents: Source,
     out: Annotated[Path, typer.Option(help="Index folder to make.")],
     model: Annotated[str | None, typer.Option(help="Model that encodes documents and, later, queries.")] = None,
     plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32'.")] = None,
     vectors: Vectors = None,
     metadata: Metadata = None,
     store: Annotated[str, typer.Option(help="How full vectors lie on the disk: float16 or float32.")] = "float16",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last batch of a build cut off.")] = False,
     as_json: Json = False,
 ) -> None:
     """Index documents in a new folder. Each batch is committed: what was reported survives a crash.
 
     Columns read: _id or id, title and text (or document). A document with neither is left out and counted, as there is
-    nothing to encode; with --vectors it is kept.
+    nothing to encode; with ready vectors it is kept. Those are a column 'vector' of the same Parquet file, or lie beside
+    it (--vectors); a .npy or .safetensors alone is indexed by row number. Neither need fit in memory.
     Example: matryo index build corpus.jsonl.gz --model runs/first --out docs.matryo --metadata section
     """
     from matryo import Index, load
-    from matryo.core.records import read_vectors
+    from matryo.index.opening import refuse_taken
 
-    if (model is None) == (vectors is None):
-        raise InputError("give --model to encode the documents, or --vectors that are ready, one of the two")
     loaded = load(model) if model else None
-    width = loaded.width if loaded else read_vectors(vectors or Path()).shape[1]
-    rows = _read(documents, metadata or [])
-    _refuse_repeats(rows, documents)
-    ready = _ready(vectors, rows, documents)
-    with Index.create(out, width=width, plan=plan, model=identity(loaded) if loaded else None, store=store) as index:
-        left = _fill(index, rows, loaded, ready, out)
-        _report(index, as_json, left)
+    given = Documents(documents, vectors if model else ready_vectors(documents, vectors), metadata or [], loaded)
+    there = resume and (out / CATALOGUE).exists()
+    if not there:
+        refuse_taken(out)
+    _check(given)
+    width = loaded.width if loaded else given.vectors.width  # type: ignore[union-attr]
+    made_by = identity(loaded) if loaded else None
+    if not there:
+        opened = Index.create(out, width=width, plan=plan, model=made_by, store=store)
+    else:
+        opened = Index.open(out, model=made_by)
+    with opened as index:
+        _same_wish(index, width, plan, store, out)
+        _fill(index, given, out, given.fingerprint(made_by))
+        _report(index, as_json, given)
 
 
 def add_documents(
-    index: Folder, documents: Documents, vectors: Vectors = None, metadata: Metadata = None, as_json: Json = False
+    index: Folder, documents: Source, vectors: Vectors = None, metadata: Metadata = None, as_json: Json = False
 ) -> None:
     """Add documents to an index, replacing those whose id is there already.
 
@@ -78,13 +84,16 @@ def add_documents(
     """
     from matryo import Index
 
-    rows = _read(documents, metadata or [])
-    _refuse_repeats(rows, documents)
-    ready = _ready(vectors, rows, documents)
+    ready = ready_vectors(documents, vectors)
     with Index.open(index) as opened:
-        loaded = None if vectors else model_of(opened, index)
-        left = _fill(opened, rows, loaded, ready, index)
-        _report(opened, as_json, left)
+        given = Documents(documents, ready, metadata or [], None if ready else model_of(opened, index))
+        _check(given)
+        width = opened.stats()["width"]
+        if given.vectors is not None and given.vectors.width != width:
+            shape = (given.vectors.rows, given.vectors.width)
+            raise InputError(f"{given.vectors.path}: expected (N, {width}) numbers, got shape {shape}")
+        _fill(opened, given, index)
+        _report(opened, as_json, given)
 
 
 def delete(index: Folder, ids: Annotated[list[str], typer.Argument(help="Ids.")], as_json: Json = False) -> None:
@@ -203,91 +212,54 @@ def model_of(index: "Index", folder: Path, name: str | None = None) -> "Model":
     return model
 
 
-def _read(path: Path, metadata: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(id, text, metadata) of every row, all checked before anything is written."""
-    from matryo.core import records
-
-    path = records._one_of(path, "corpus") if path.is_dir() else path
-    found = []
-    for line, row in records.rows(path):
-        key = row.get("_id", row.get("id"))
-        if key is None or str(key) == "":
-            raise InputError(f"{path} line {line}: no '_id' or 'id'; it has {', '.join(map(repr, row))}")
-        column = "text" if "text" in row or "document" not in row else "document"
-        missing = [name for name in metadata if name not in row]
-        if missing:
-            raise InputError(f"{path} line {line}: no column {missing[0]!r} for metadata; it has {', '.join(row)}")
-        text = records.document_of(path, line, row, column)
-        found.append((str(key), text, {name: row[name] for name in metadata}))
-    if not found:
-        raise InputError(f"{path}: no rows, so there is nothing to index")
-    return found
+def _check(given: Documents) -> None:
+    """Read everything once, so that nothing wrong is found after something was written."""
+    with bar(None, "checking") as progress:
+        given.check(progress.by)
 
 
-def _refuse_repeats(rows: list[tuple[str, str, dict[str, Any]]], path: Path) -> None:
-    seen: set[str] = set()
-    for key, _, _ in rows:
-        if key in seen:
-            raise InputError(f"{path}: id {key!r} appears twice; ids must be distinct")
-        seen.add(key)
+def _same_wish(index: "Index", width: int, plan: str | None, store: str, folder: Path) -> None:
+    """Raise where a build that is to go on was begun with other options."""
+    from matryo import Plan
+
+    told = index.stats()
+    wanted = {"width": width, "store": store} | ({"plan": str(Plan.parse(plan))} if plan else {})
+    for name, value in wanted.items():
+        if told[name] != value:
+            raise InputError(f"{folder} was begun with {name} {told[name]}, not {value}; go on with the same options")
 
 
-def _ready(
-    vectors: Path | None, rows: list[tuple[str, str, dict[str, Any]]], path: Path
-) -> "NDArray[np.float32] | None":
-    """Ready vectors, one per document, or none and something to encode: checked before an index is made or touched."""
-    from matryo.core.records import read_vectors
+def _fill(index: "Index", given: Documents, folder: Path, source: str | None = None) -> None:
+    """Write the documents batch by batch, after those of the same source that are in."""
+    start = index.read_from(source) if source else 0
 
-    if vectors is None and not any(text for _, text, _ in rows):
-        raise InputError(f"{path}: no document has a title or a text, so there is nothing to encode")
-    ready = read_vectors(vectors) if vectors else None
-    if ready is not None and len(ready) != len(rows):
-        raise InputError(f"{vectors} has {len(ready)} rows for {len(rows)} documents; give one vector per document")
-    return ready
+    def written(progress: Any) -> "Iterator[Batch]":
+        for batch, left in given.batches(progress.by, start):
+            yield batch
+            if left and source is None:
+                index.delete(left)  # what was there under their ids has lost its text
 
-
-def _fill(
-    index: "Index",
-    rows: list[tuple[str, str, dict[str, Any]]],
-    model: "Model | None",
-    ready: "NDArray[np.float32] | None",
-    folder: Path,
-) -> list[str]:
-    """Write the rows batch by batch; the ids of those that were left out because there is nothing to encode."""
-    left = [key for key, text, _ in rows if not text and ready is None]
-    kept = [row for row in rows if row[1] or ready is not None]
     try:
-        with bar(len(kept), "indexing") as progress:
-            for start, part in _batches(kept):
-                keys, texts, fields = (list(column) for column in zip(*part, strict=True))
-                made = ready[start : start + len(part)] if ready is not None else model.encode(texts)  # type: ignore[union-attr]
-                index.upsert(keys, made, texts, [f or None for f in fields])
-                progress.by(len(part))
-        if left:
-            index.delete(left)
+        with bar(given.rows, "indexing") as progress:
+            progress.by(start)
+            index.extend(written(progress), source)
     except KeyboardInterrupt:
+        how = "the same command with --resume" if source else "'matryo index add' with the same file"
         raise InterruptedByUserError(
-            f"interrupted; {folder} holds {len(index)} documents, in whole batches; the rest can follow by "
-            "'matryo index add' with the same file"
+            f"interrupted; {folder} holds {len(index)} documents, in whole batches; the rest can follow by {how}"
         ) from None
-    return left
 
 
-def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
-    for start in range(0, len(rows), BATCH):
-        yield start, rows[start : start + BATCH]
-
-
-def _report(index: "Index", as_json: bool, left: list[str] | None = None) -> None:
+def _report(index: "Index", as_json: bool, given: Documents | None = None) -> None:
     """What an index holds and, after writing, which documents were left out."""
     found = index.stats()
-    if left:
-        named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        note(f"left out, as they have neither title nor text: {len(left)} documents ({named})")
+    if given is not None and given.left_out:
+        named = ", ".join(given.left[:3]) + (", ..." if given.left_out > 3 else "")
+        note(f"left out, as they have neither title nor text: {given.left_out} documents ({named})")
     if as_json:
-        say_json(found if left is None else {**found, "left_out": left})
+        say_json(found if given is None else {**found, "left_out": given.left})
         return
-    for name in ("items", "dead_rows", "width", "plan", "generation"):
+    for name in ("items", "dead_rows", "width", "plan", "store", "generation"):
         say(f"{name}: {found[name]}")
     if found["model"]:
         say(f"model: {found['model']['name']}")

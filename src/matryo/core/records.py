@@ -84,15 +84,15 @@ class Labelled:
         return len(self.texts)
 
 
-def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """(line number, row) of a JSONL, CSV, TSV or Parquet file, gzipped or not."""
+def rows(path: str | Path, without: tuple[str, ...] = ()) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of a JSONL, CSV, TSV or Parquet file, gzipped or not; of Parquet not the columns `without`."""
     path = Path(path)
-    _insist_on_file(path)
+    insist_on_file(path)
     kind = next((s for s in sorted(TABLES, key=len, reverse=True) if path.name.endswith(s)), None)
     if kind is None:
         raise InputError(f"{path}: unknown kind of file; use one of {', '.join(TABLES)}")
     if kind == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, without)
         return
     try:
         opened = gzip.open if kind.endswith(".gz") else open
@@ -105,7 +105,8 @@ def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
         raise InputError(f"{path}: not a readable {kind} file in UTF-8 ({error})") from error
 
 
-def _insist_on_file(path: Path) -> None:
+def insist_on_file(path: Path) -> None:
+    """Raise unless the path is a file."""
     if not path.is_file():
         raise InputError(f"{path} is a folder; name a file in it" if path.is_dir() else f"no such file: {path}")
 
@@ -134,7 +135,7 @@ def _csv_rows(path: Path, stream: TextIO, delimiter: str) -> Iterator[tuple[int,
         raise InputError(f"{path} line {reader.line_num}: {error}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path, without: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     try:
         import pyarrow.lib
         import pyarrow.parquet
@@ -142,7 +143,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise MissingExtraError("pyarrow", "parquet", "reading Parquet") from error
     line = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = [name for name in file.schema_arrow.names if name not in without]
+        for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
                 line += 1
                 yield line, row
@@ -221,7 +224,7 @@ def read_retrieval(folder: str | Path, split: str = "test") -> Retrieval:
     A document with neither title nor text is kept as "" (see `Retrieval`); a query without text is an InputError.
     """
     folder = Path(folder)
-    corpus, queries = _one_of(folder, "corpus"), _one_of(folder, "queries")
+    corpus, queries = one_of(folder, "corpus"), one_of(folder, "queries")
     qrels = folder / "qrels" / f"{split}.tsv"
     if not qrels.is_file():
         there = sorted(p.stem for p in (folder / "qrels").glob("*.tsv"))
@@ -256,7 +259,8 @@ def read_retrieval(folder: str | Path, split: str = "test") -> Retrieval:
     )
 
 
-def _one_of(folder: Path, stem: str) -> Path:
+def one_of(folder: Path, stem: str) -> Path:
+    """The JSONL file of this stem in a folder in the BEIR layout, gzipped or not."""
     for ending in (".jsonl", ".jsonl.gz"):
         if (folder / f"{stem}{ending}").is_file():
             return folder / f"{stem}{ending}"
@@ -333,7 +337,7 @@ def read_texts(path: str | Path) -> list[str]:
 def read_vectors(path: str | Path) -> NDArray[np.float32]:
     """(N, D) vectors from `.npy` (memory-mapped), `.safetensors` (its only tensor) or Parquet (column `vector`)."""
     path = Path(path)
-    _insist_on_file(path)
+    insist_on_file(path)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -378,8 +382,13 @@ def _parquet_vectors(path: Path) -> NDArray[np.float32]:
     return np.stack(found)
 
 
-def check_vectors(array: NDArray[Any], name: str = "vectors", width: int | None = None) -> NDArray[np.float32]:
-    """(N, D) float32, refusing another shape or width, NaN, Inf and all-zero rows; the first bad row is named."""
+def check_vectors(
+    array: NDArray[Any], name: str = "vectors", width: int | None = None, first: int = 0
+) -> NDArray[np.float32]:
+    """(N, D) float32, refusing another shape or width, NaN, Inf and all-zero rows; the first bad row is named.
+
+    Rows are counted from `first`.
+    """
     if array.ndim != 2 or array.dtype.kind != "f":
         raise InputError(f"{name}: expected (N, D) floating point, got shape {array.shape} of {array.dtype}")
     if width is not None and array.shape[1] != width:
@@ -390,7 +399,7 @@ def check_vectors(array: NDArray[Any], name: str = "vectors", width: int | None 
         bad = np.flatnonzero(~np.isfinite(sums) | (sums == 0))
         if len(bad):
             what = "is all zeros" if sums[bad[0]] == 0 else "holds NaN or Inf"
-            raise InputError(f"{name}: row {start + int(bad[0])} {what}; remove it or encode it again")
+            raise InputError(f"{name}: row {first + start + int(bad[0])} {what}; remove it or encode it again")
     return array if array.dtype == np.float32 else array.astype(np.float32)
 
 

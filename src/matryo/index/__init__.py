@@ -5,6 +5,7 @@ Read `funnel.py` first (how a plan is executed), then `index.py` (the public cla
 """
 
 from matryo.index.index import Hits, Index
+from matryo.index.items import Batch
 from matryo.index.writer import CheckReport
 
-__all__ = ["CheckReport", "Hits", "Index"]
+__all__ = ["Batch", "CheckReport", "Hits", "Index"]

@@ -71,6 +71,8 @@ class State:
     """How rows lie in the vectors file, see `vectors.STORES`."""
     promise: dict[str, Any] | None = None
     """What `calibrate` promised of `plan`, as JSON."""
+    source: dict[str, Any] | None = None
+    """What `Index.extend` reads from: its fingerprint, and how many of its rows have been read."""
     format: int = FORMAT
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from matryo.core.promise import Floats, Promise
 from matryo.index import calibration
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, Rows, StageReport, check_plan, default_plan, finish, run
-from matryo.index.items import Metadata, check_documents, check_ids, check_metadata, read_ids
+from matryo.index.items import Batch, Metadata, check_documents, check_ids, check_metadata, read_ids
 from matryo.index.opening import (
     Lock,
     check_k,
@@ -187,17 +187,55 @@ class Index:
         Returns:
             N. The batch is one commit: all of it is there, or (after any error) none.
         """
-        writer = self._writable()
-        keys = check_ids(ids)
+        return self._upsert(Batch(ids, vectors, documents, metadata))
+
+    def _upsert(self, batch: Batch, source: dict[str, Any] | None = None) -> int:
+        writer, vectors = self._writable(), batch.vectors
+        keys = check_ids(batch.ids)
         rows = check_rows(vectors, self._seen[1].state.width, "vectors") if keys or len(vectors) else vectors
         if len(rows) != len(keys):
             raise InputError(f"{len(keys)} ids but {len(rows)} vectors; give one vector per id")
-        texts, fields = check_documents(documents, len(keys)), check_metadata(metadata, len(keys))
-        if not keys:
+        texts, fields = check_documents(batch.documents, len(keys)), check_metadata(batch.metadata, len(keys))
+        if not keys and source is None:
             return 0
+        chunks = unit_chunks(rows) if keys else iter(())
         with self._writing:
-            writer.upsert(self._current(), keys, unit_chunks(rows), texts, fields)
+            writer.upsert(self._current(), keys, chunks, texts, fields, source)
         return len(keys)
+
+    def extend(self, batches: Iterable[Batch], source: str | None = None) -> int:
+        """Upsert batch after batch, each one commit, so that what is written need never be in memory as a whole.
+
+        Args:
+            batches: taken one at a time. An error, of theirs or of writing, leaves those before in the index.
+            source: a text that tells this stream from others, such as a digest of the file it is read from. With it
+                every commit notes how many rows of the source are in, and `read_from` says where to go on.
+
+        Returns:
+            How many items were written.
+        """
+        written = 0
+        read = 0 if source is None else self.read_from(source)
+        for batch in batches:
+            read += len(batch.ids) if batch.read is None else batch.read
+            written += self._upsert(batch, None if source is None else {"fingerprint": source, "read": read})
+        return written
+
+    def read_from(self, source: str) -> int:
+        """How many rows of a source are in the index: where an `extend` that was cut off goes on.
+
+        Raises:
+            InputError: the index holds items already that came from elsewhere.
+        """
+        with self._reading() as (_, snapshot):
+            state = snapshot.state
+        if state.source is None and not state.end:
+            return 0
+        if state.source is None or state.source["fingerprint"] != source:
+            raise InputError(
+                f"{self._folder} was begun from another source; go on with that one, or build a new index from this one"
+            )
+        return int(state.source["read"])
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete items by id; the number that were there. Unknown ids are not an error."""

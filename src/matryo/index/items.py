@@ -4,12 +4,25 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matryo.core.errors import InputError
 
 Metadata = dict[str, Any]
 LARGEST_INTEGER = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items for `Index.extend`, as `Index.upsert` takes them."""
+
+    ids: Sequence[str]
+    vectors: Any
+    documents: Sequence[str | None] | None = None
+    metadata: Sequence[Metadata | None] | None = None
+    read: int | None = None
+    """Rows of the source that were read for it, where those are more than its items."""
 
 
 def check_ids(ids: object) -> list[str]:

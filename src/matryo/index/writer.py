@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +77,9 @@ class Writer:
         chunks: Iterable[Float32s],
         documents: list[str | None],
         metadata: list[str | None],
+        source: dict[str, Any] | None = None,
     ) -> None:
-        """One batch, one commit."""
+        """One batch, one commit; with it, how far its source has been read."""
         state = snapshot.state
         with storage_errors(f"writing to {self._folder}"):
             try:
@@ -96,6 +98,7 @@ class Writer:
                         end=appended.end,
                         live=state.live - len(dead) + len(ids),
                         dead_sum=_dead_sum(state, dead),
+                        source=source or state.source,
                     )
                     cat.write_state(connection, after)
             except BaseException:
