@@ -11,8 +11,7 @@ width come with an interval from a paired bootstrap over queries.
 Cost: millions of multiply-adds a query (the paper's MFLOPs): items x width for an exact scan, graph nodes compared x
 width for HNSW, shortlist x width for each later stage. Time: median of whole `index.search` calls, one thread, one
 query at a time, all plans taking turns. A plan's last stage is followed by the product's own ordering of the ten
-answers by full-width cosine, which is counted. Beside the plans stands `faiss.IndexFlatIP` over the float32 vectors, the
-full-width search to be as good as.
+answers by full-width cosine, which is counted. Beside the plans stands `faiss.IndexFlatIP` over the float32 vectors.
 """
 
 import argparse
