@@ -10,7 +10,9 @@ from torch import nn
 
 from matryo.core.errors import InputError
 from matryo.core.records import Pairs, read_pairs
-from matryo.training import StaticConfig, train
+from matryo.training import StaticConfig, static, train
+from matryo.training.config import DataConfig
+from matryo.training.data import Rows, token_datasets
 from matryo.training.static import RowSparseBag, TokenBags, make_row_sparse, merge_bags, new_static, train_tokenizer
 
 TEXTS = ["mail server", "a puzzle game", "server", "mail mail mail", "game server for mail"]
@@ -62,6 +64,30 @@ def test_token_bags_take_the_texts_asked_for(rows):
     expected = [tokenizer.encode(TEXTS[row], add_special_tokens=False).ids for row in rows]
     assert taken.tolist() == [token for ids in expected for token in ids]
     assert offsets.tolist() == np.cumsum([0, *(len(ids) for ids in expected)])[:-1].tolist()
+
+
+def test_texts_are_tokenised_in_parts(monkeypatch):
+    tokenizer = train_tokenizer(TEXTS * 3, 100)
+    whole = TokenBags(tokenizer, TEXTS)
+    monkeypatch.setattr(static, "TEXTS", 2)
+    parts = TokenBags(tokenizer, TEXTS)
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.starts.tolist() == whole.starts.tolist()
+    assert TokenBags(tokenizer, []).starts.tolist() == [0]
+
+
+def test_batches_from_arrays_are_those_of_the_table():
+    scores = np.linspace(0, 1, len(TEXTS))
+    config = DataConfig(path="x", loss="cosent")
+    rows = Rows("scored", config, {"first": TEXTS, "second": TEXTS[::-1]}, scores)
+    dataset, _ = token_datasets([rows], train_tokenizer(TEXTS * 3, 100))
+    keys = [3, 0, 0, 4]
+    assert dataset.__getitems__(keys) == [dataset[key] for key in keys]
+    assert dataset.select([4, 2]).__getitems__([1]) == [dataset[2]]
+    assert dataset.select([4, 2, 1, 3, 0]).__getitems__([1]) == [dataset[2]]
+    assert dataset.remove_columns("label").__getitems__([1]) == [{key: dataset[1][key] for key in ("first", "second")}]
+    named = dataset.with_transform(lambda batch: batch | {"dataset_name": ["scored"] * len(batch["first"])})
+    assert named.__getitems__([1]) == [dataset[1] | {"dataset_name": "scored"}]
 
 
 def test_merged_bags_are_the_columns_one_after_the_other():

@@ -50,8 +50,8 @@ class RowAdam(torch.optim.Optimizer):
         gradient = gradient.coalesce()
         blocks = zip(gradient.indices()[0].split(BLOCK), gradient.values().split(BLOCK), strict=True)
         for rows, values in blocks:
-            m = mean[rows].lerp_(values, 1 - first)
-            v = square[rows].mul_(second).addcmul_(values, values, value=1 - second)
+            m = mean.index_select(0, rows).lerp_(values, 1 - first)
+            v = square.index_select(0, rows).mul_(second).addcmul_(values, values, value=1 - second)
             mean.index_copy_(0, rows, m)
             square.index_copy_(0, rows, v)
             weight.index_add_(0, rows, m.div_(v.sqrt_().add_(group["eps"])), alpha=-size)

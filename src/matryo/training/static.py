@@ -5,7 +5,6 @@ is exchanged, for one whose gradient is sparse in rows.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from matryo.training.config import StaticConfig
 
 Ints = NDArray[np.int64]
 UNKNOWN = "[UNK]"
+TEXTS = 1024
+"""Texts tokenised at a time: what a tokeniser returns takes far more memory than the numbers kept of it."""
 
 
 class RowSparseBag(nn.EmbeddingBag):
@@ -83,10 +84,12 @@ class TokenBags:
     """Texts tokenised once: flat token ids and where each text starts."""
 
     def __init__(self, tokenizer: Tokenizer, texts: list[str]) -> None:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        self.lengths = np.fromiter((len(e.ids) for e in encodings), np.int64, len(encodings))
-        tokens = chain.from_iterable(e.ids for e in encodings)
-        self.ids = np.fromiter(tokens, np.int64, int(self.lengths.sum()))
+        found = [np.empty(0, np.int64)]
+        for start in range(0, len(texts), TEXTS):
+            encodings = tokenizer.encode_batch_fast(texts[start : start + TEXTS], add_special_tokens=False)
+            found += [np.array(encoding.ids, np.int64) for encoding in encodings]
+        self.lengths = np.array([len(ids) for ids in found[1:]], np.int64)
+        self.ids = np.concatenate(found)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
 
     def take(self, rows: Ints) -> tuple[Ints, Ints]:

@@ -119,7 +119,8 @@ class NestedTrainer(SentenceTransformerTrainer):
         """The length of the gradient for the log; torch has none for sparse gradients, whose values alone count."""
         sparse = [p.grad._values() for p in model.parameters() if p.grad is not None and p.grad.is_sparse]
         parent: Any = super()._get_grad_norm
-        return sum(v.square().sum() for v in sparse).sqrt() if sparse else parent(model, grad_norm)
+        lengths = [torch.linalg.vector_norm(v) for v in sparse]
+        return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else parent(model, grad_norm)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.staging or super()._get_output_dir(trial))

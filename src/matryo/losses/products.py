@@ -1,0 +1,129 @@
+"""The matrix products of the incremental Gram: one block of columns at a time, forwards and backwards.
+
+Letters: B anchors, N candidates, R rows of a chunk, w columns of a block.
+"""
+
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NARROW = 64
+"""Columns up to which a block is kept transposed."""
+
+
+class BlockProducts(Protocol):
+    """Products of anchors and candidates, block by block, chunk of rows by chunk."""
+
+    def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
+        """(R, N) products of the prefixes of some anchors with all candidates, block after block. Each is good until
+        the next is asked for; `room_RN` is memory for them, free until the last one is out."""
+
+    def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
+        """Take the gradient of a block's product: every row once for every block, from the first row on."""
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(B, D) and (N, D), once all rows and blocks have been added."""
+
+
+def block_products(anchors_BD: Tensor, candidates_ND: Tensor, blocks: Sequence[slice]) -> BlockProducts:
+    """The products of these blocks of columns by the library that is faster for them."""
+    kind = OneDnnProducts if one_dnn(anchors_BD) else TorchProducts
+    return kind(anchors_BD, candidates_ND, blocks)
+
+
+def one_dnn(x: Tensor) -> bool:
+    """Whether float32 products of this tensor go to oneDNN.
+
+    On x86 torch gives them to MKL, which uses half of the vector width of an AMD CPU; oneDNN asks the CPU what it has.
+    """
+    here: bool = x.device.type == "cpu" and x.dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64")
+    return here and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class TorchProducts:
+    """Products by torch.
+
+    Matrix products whose result is a few columns wide run at a fraction of a CPU's speed; the same product with a
+    result a few rows high does not. So narrow blocks are kept transposed.
+    """
+
+    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
+        self.anchors, self.blocks = anchors, blocks
+        self.narrow = [block.stop - block.start <= NARROW for block in blocks]
+        parts = [candidates[:, block] for block in blocks]
+        self.candidates = [_transposed(x) if few else x for x, few in zip(parts, self.narrow, strict=True)]
+        self.grad_anchors, self.grad_candidates = torch.empty_like(anchors), torch.empty_like(candidates)
+        sums = [self.grad_candidates[:, block] for block in blocks]
+        self.sums = [_transposed(x) if few else x for x, few in zip(sums, self.narrow, strict=True)]
+
+    def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
+        """See BlockProducts."""
+        part = self.anchors[rows]
+        for level, (block, candidates) in enumerate(zip(self.blocks, self.candidates, strict=True)):
+            yield room_RN.addmm_(part[:, block], candidates.T, beta=int(level > 0))
+
+    def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
+        """See BlockProducts."""
+        columns, first = self.blocks[block], rows.start == 0
+        part, target = self.anchors[rows, columns], self.grad_anchors[rows, columns]
+        if self.narrow[block]:
+            target.copy_(suffix_RN @ self.candidates[block])
+            self.sums[block].T.addmm_(part.T, suffix_RN, beta=int(not first))
+        else:
+            torch.mm(suffix_RN, self.candidates[block], out=target)
+            self.sums[block].addmm_(suffix_RN.T, part, beta=int(not first))
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """See BlockProducts."""
+        for block, few, total in zip(self.blocks, self.narrow, self.sums, strict=True):
+            if few:
+                self.grad_candidates[:, block] = total
+        return self.grad_anchors, self.grad_candidates
+
+
+class OneDnnProducts:
+    """Products by oneDNN, through the operator that torch's compiler calls: x @ weight^T (+ other).
+
+    It is fast for a dense x, and for a weight that is dense as it stands or transposed. So every block is a matrix of
+    its own, and what is summed over chunks for the candidates is summed transposed.
+    """
+
+    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
+        self.anchors = [anchors[:, block].contiguous() for block in blocks]
+        self.candidates = [candidates[:, block].contiguous() for block in blocks]
+        self.blocks = blocks
+        self.grad_anchors = torch.empty_like(anchors)
+        self.sums: list[Tensor | None] = [None] * len(blocks)
+
+    def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
+        """See BlockProducts; the operator gives memory of its own."""
+        gram: Tensor | None = None
+        for anchors, candidates in zip(self.anchors, self.candidates, strict=True):
+            gram = _linear(anchors[rows], candidates, gram)
+            yield gram
+
+    def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
+        """See BlockProducts."""
+        self.grad_anchors[rows, self.blocks[block]] = _linear(suffix_RN, self.candidates[block].T)
+        anchors = self.anchors[block][rows].T.contiguous()
+        self.sums[block] = _linear(anchors, suffix_RN.T, self.sums[block])
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """See BlockProducts."""
+        return self.grad_anchors, torch.cat([x for x in self.sums if x is not None]).T.contiguous()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The same matrix, its columns dense."""
+    return x.T.contiguous().T
+
+
+def _linear(x: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
+    operator: Any = torch.ops.mkldnn._linear_pointwise
+    found: Tensor = (
+        operator(x, weight, None, "none", [], "") if other is None else operator.binary(x, other, weight, None, "add")
+    )
+    return found
