@@ -15,6 +15,7 @@ _HOME = {
     "train": "matryo.training",
     "TrainConfig": "matryo.training",
     "evaluate": "matryo.evaluation",
+    "plan": "matryo.planner",
     "adapters": "matryo",
     "losses": "matryo",
 }

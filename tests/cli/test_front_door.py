@@ -6,9 +6,21 @@ import pytest
 
 import matryo
 
-PUBLIC = {"Index", "Nesting", "Plan", "TrainConfig", "adapters", "evaluate", "load", "losses", "train", "truncate"}
+PUBLIC = {
+    "Index",
+    "Nesting",
+    "Plan",
+    "TrainConfig",
+    "adapters",
+    "evaluate",
+    "load",
+    "losses",
+    "plan",
+    "train",
+    "truncate",
+}
 HEAVY = ["torch", "transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "faiss", "pyarrow"]
-VERBS = [["train"], ["mine"], ["eval"], ["search"], ["demo"], ["doctor"]]
+VERBS = [["train"], ["mine"], ["eval"], ["plan"], ["search"], ["demo"], ["doctor"]]
 VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact", "calibrate")]
 
 LOOK = """

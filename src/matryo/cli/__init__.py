@@ -6,13 +6,13 @@ import traceback
 
 import typer
 
-from matryo.cli import demo, doctor, index, measure, mine, train
+from matryo.cli import demo, doctor, index, measure, mine, plan, train
 from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
 app = typer.Typer(
     name="matryo",
-    help="One embedding model, every size: train, measure, search.",
+    help="One embedding model, every size: train, measure, plan, search.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,6 +21,7 @@ app = typer.Typer(
 train.add(app)
 mine.add(app)
 measure.add(app)
+plan.add(app)
 index.add(app)
 demo.add(app)
 doctor.add(app)

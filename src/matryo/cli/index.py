@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matryo.cli.documents import Documents, ready_vectors
-from matryo.cli.plan import calibrate
+from matryo.cli.plan import calibrate, plan_text
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
@@ -39,7 +39,7 @@ def build(
     documents: Source,
     out: Annotated[Path, typer.Option(help="Index folder to make.")],
     model: Annotated[str | None, typer.Option(help="Model that encodes documents and, later, queries.")] = None,
-    plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32'.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32', or plan.yaml.")] = None,
     vectors: Vectors = None,
     metadata: Metadata = None,
     store: Annotated[str, typer.Option(help="How full vectors lie on the disk: float16 or float32.")] = "float16",
@@ -56,7 +56,7 @@ def build(
     from matryo import Index, load
     from matryo.index.opening import refuse_taken
 
-    loaded = load(model) if model else None
+    plan, loaded = plan_text(plan), load(model) if model else None
     given = Documents(documents, vectors if model else ready_vectors(documents, vectors), metadata or [], loaded)
     there = resume and (out / CATALOGUE).exists()
     if not there:

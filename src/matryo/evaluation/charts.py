@@ -1,8 +1,5 @@
-"""The charts, drawn by matplotlib. In the page they take its colours; as files they stand on white."""
+"""The charts of a report."""
 
-import io
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,66 +10,15 @@ from matplotlib.figure import Figure
 
 from matryo.core.files import write_atomically
 from matryo.evaluation.rows import Row
+from matryo.pages.charts import INK, SERIES, STYLE, Chart, bytes_axis, canvas, colours, drawn, heading, short
 
 if TYPE_CHECKING:
     from matryo.evaluation.report import Report
 
-WIDTH = 8.2
-"""Inches."""
-
-LONGEST_LABEL = 24
-"""Characters that fit beside a chart."""
-
-INK, FAINT, RULE = "#1b1f24", "#626a73", "#d9dde2"
-"""Text, secondary text and grid lines on white."""
-
-SERIES = ("#0b57d0", "#c2410c", "#64748b", "#0f766e", "#7c3aed", "#a16207")
-"""One hue per system or code, in order; the model is always the first. Each reads at 4.5:1 or better on white."""
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    # A name that holds dollar signs is a name, not a formula.
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": RULE,
-    "axes.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart ready for the page."""
-
-    svg: str
-    caption: str
-
-
-def colours(names: list[str]) -> dict[str, str]:
-    """A hue per name, in order; from the seventh on they come round again."""
-    return {name: SERIES[n % len(SERIES)] for n, name in enumerate(names)}
-
 
 def quality_figure(report: "Report") -> Figure:
     """Quality against width for every system in float32, with bands; hollow marks where a width was not trained."""
-    figure, axes = _canvas(4.4)
+    figure, axes = canvas(4.4)
     rows = report.select(code="float32")
     hues = colours(report.models)
     ends: list[tuple[float, float, str, str]] = []
@@ -83,14 +29,14 @@ def quality_figure(report: "Report") -> Figure:
         ends.append((mine[-1].width, mine[-1].value, name, hues[name]))
     _widths_axis(axes, sorted({row.width for row in rows}))
     axes.set_xlabel("width (dimensions kept, log scale)")
-    _title(axes, report.metric)
+    heading(axes, report.metric)
     _labels(axes, ends[::-1])
     return figure
 
 
 def bytes_figure(report: "Report") -> Figure:
     """Quality against bytes per stored vector: one line per code, one mark per width of the model."""
-    figure, axes = _canvas(4.4, right=0.97)
+    figure, axes = canvas(4.4, right=0.97)
     rows = report.select(model=report.model)
     codes = list(dict.fromkeys(row.code for row in rows))
     hues = colours(codes)
@@ -113,9 +59,9 @@ def bytes_figure(report: "Report") -> Figure:
             str(row.width), (row.bytes, row.value), xytext=(0, 7), textcoords="offset points",
             ha="center", va="bottom", fontsize=8.5, color=hues[row.code],
         )  # fmt: skip
-    _bytes_axis(axes, [row.bytes for row in rows])
+    bytes_axis(axes, [row.bytes for row in rows])
     axes.set_xlabel("bytes per stored vector (log scale)")
-    _title(axes, report.metric)
+    heading(axes, report.metric)
     axes.margins(x=0.07, y=0.12 + 0.05 * max(level for _, level in placed))
     return figure
 
@@ -123,7 +69,7 @@ def bytes_figure(report: "Report") -> Figure:
 def share_figure(report: "Report") -> Figure:
     """What share of its full quality each width of the model keeps, as bars with intervals."""
     rows = sorted(report.select(model=report.model, code="float32"), key=lambda row: row.width)
-    figure, axes = _canvas(0.5 + 0.36 * len(rows), left=0.16, right=0.97)
+    figure, axes = canvas(0.5 + 0.36 * len(rows), left=0.16, right=0.97)
     figure.subplots_adjust(bottom=0.02, top=0.98)
     axes.grid(visible=False)
     places = np.arange(len(rows))[::-1]
@@ -153,7 +99,7 @@ def save_quality(report: "Report", path: Path) -> None:
     """Quality against width into a `.png` (200 dots an inch) or `.svg` file, on white."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": "matryo"}):
         figure = quality_figure(report)
-        title = f"{_short(report.model)} on {report.task}"
+        title = f"{short(report.model)} on {report.task}"
         figure.text(0.07, 1.0, title, va="bottom", fontsize=12, fontweight="bold", parse_math=False)
         kind = path.suffix[1:]
         facts: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
@@ -173,23 +119,10 @@ def page_charts(report: "Report") -> dict[str, Chart]:
     if several:
         wanted["bytes"] = (bytes_figure, f"{how} against bytes per vector", "Quality against bytes per vector")
     wanted["share"] = (share_figure, f"Share of full quality kept by each width, {how}", "Share of full quality")
-    charts: dict[str, Chart] = {}
-    for key, (draw, caption, title) in wanted.items():
-        with mpl.rc_context({**STYLE, "svg.hashsalt": f"matryo-{key}"}):
-            stream = io.StringIO()
-            draw(report).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-        charts[key] = Chart(
-            _inline(stream.getvalue(), key, title, f"{caption}. The table below holds every number."), caption
-        )
-    return charts
-
-
-def _canvas(height: float, left: float = 0.07, right: float = 0.79) -> tuple[Figure, Axes]:
-    """Every chart has the same width in inches, so that its text has the same size on the page."""
-    figure = Figure(figsize=(WIDTH, height))
-    # Heights of the margins are in inches too: a short chart keeps room for its labels.
-    figure.subplots_adjust(left=left, right=right, bottom=0.6 / height, top=1 - 0.4 / height)
-    return figure, figure.add_subplot()
+    return {
+        key: drawn(lambda draw=draw: draw(report), key, title, caption)  # type: ignore[misc]
+        for key, (draw, caption, title) in wanted.items()
+    }
 
 
 def _line(axes: Axes, places: list[int], rows: list[Row], hue: str, strong: bool) -> None:
@@ -209,11 +142,6 @@ def _line(axes: Axes, places: list[int], rows: list[Row], hue: str, strong: bool
         )  # fmt: skip
 
 
-def _title(axes: Axes, metric: str) -> None:
-    """The name of the vertical axis, upright above it, where it is read first."""
-    axes.set_title(metric, loc="left", fontsize=11, color=FAINT, pad=12)
-
-
 def _widths_axis(axes: Axes, widths: list[int]) -> None:
     axes.set_xscale("log", base=2)
     shown: list[int] = []
@@ -222,14 +150,6 @@ def _widths_axis(axes: Axes, widths: list[int]) -> None:
         if not shown or shown[-1] / width >= 1.25:
             shown.append(width)
     axes.set_xticks(shown, [str(width) for width in shown])
-    axes.minorticks_off()
-
-
-def _bytes_axis(axes: Axes, sizes: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    low, high = int(np.floor(np.log2(min(sizes)))), int(np.ceil(np.log2(max(sizes))))
-    ticks = [1 << n for n in range(low, high + 1)]
-    axes.set_xticks(ticks, [f"{t // 1024} KiB" if t >= 1024 else str(t) for t in ticks])
     axes.minorticks_off()
 
 
@@ -258,34 +178,7 @@ def _labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     shift = (heights[-1] - ordered[-1][1]) / 2 if heights else 0.0
     for (place, value, name, hue), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            _short(name), (place, value), xytext=(right * 1.22, height - shift), textcoords="data",
+            short(name), (place, value), xytext=(right * 1.22, height - shift), textcoords="data",
             va="center", color=hue, fontsize=10.5, fontweight="bold", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5, "alpha": 0.55},
         )  # fmt: skip
-
-
-def _inline(svg: str, key: str, title: str, description: str) -> str:
-    """Matplotlib's file as an element of the page: colours become variables, ids unique, fonts the page's own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
-    svg = re.sub(r"font: ((?:bold |italic )*)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans)", svg)
-    variables = {INK: "--ink", FAINT: "--faint", RULE: "--rule", "#ffffff": "--paper"}
-    variables |= {hue: f"--series-{n}" for n, hue in enumerate(SERIES)}
-    for hue, name in variables.items():
-        svg = svg.replace(hue, f"var({name})")
-    head, _, rest = svg.partition(">")
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    label = f'role="img" aria-labelledby="{key}-title {key}-desc"'
-    names = f'<title id="{key}-title">{_safe(title)}</title><desc id="{key}-desc">{_safe(description)}</desc>'
-    return f"{head} {label}>{names}{rest}"
-
-
-def _short(name: str) -> str:
-    """A name that fits beside a chart; the table has it whole."""
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
-
-
-def _safe(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,15 +1,14 @@
 """The report as one HTML file: no scripts, nothing fetched, every text escaped."""
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
-import jinja2
 from markupsafe import Markup
 
 from matryo.evaluation import table
 from matryo.evaluation.charts import page_charts
 from matryo.evaluation.rows import Row
+from matryo.pages import rendered
 
 if TYPE_CHECKING:
     from matryo.evaluation.report import Report, Section
@@ -17,11 +16,7 @@ if TYPE_CHECKING:
 
 def as_html(report: "Report", extra: Sequence["Section"] = ()) -> str:
     """The whole page as text."""
-    template = resources.files("matryo.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    # The charts are our own markup; matplotlib and _inline have escaped the names inside them.
+    # The charts are our own markup; matplotlib and `inline` have escaped the names inside them.
     charts = {key: (Markup(chart.svg), chart.caption) for key, chart in page_charts(report).items()}
     tables = [
         {
@@ -31,7 +26,9 @@ def as_html(report: "Report", extra: Sequence["Section"] = ()) -> str:
         }
         for metric in report.metrics
     ]
-    return environment.from_string(template).render(
+    return rendered(
+        "matryo.evaluation",
+        "report.html",
         report=report,
         facts=report.facts(),
         summary=_summary(report),

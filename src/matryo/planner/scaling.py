@@ -1,0 +1,104 @@
+"""From sizes that were measured to one that was not: a few straight lines, and how far off they were.
+
+A search is three parts, each measured by itself: the first stage's scan, what comes after it (reranks and the last
+ordering), and the rest of the call. With N items and a first shortlist of n:
+
+    scan  = a + b N     for flat scans and cells; a + b log N for graphs
+    after = c + d n
+    rest  = its mean
+    n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall
+
+Lines are fitted to relative errors, with a, b, c, d >= 0. The error that is reported is of the same lines fitted
+without the largest size, at that size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One plan on so many items. Milliseconds are medians of single queries through `Index.search`."""
+
+    items: int
+    keep: int
+    """Rows the first stage hands on; what the recall took at this size."""
+    ms: float
+    ms_low: float
+    ms_high: float
+    scan_ms: float
+    after_ms: float
+    code_bytes: int
+    disk_bytes: int
+    build_s: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One plan on a number of items that was not measured."""
+
+    items: int
+    keep: int
+    ms: float
+    code_bytes: float
+    disk_bytes: float
+    build_s: float
+
+
+def predict(measured: list[Measured], items: int, graph: bool) -> Predicted:
+    """What is to be expected at `items`, from one or more sizes; at the largest of them, what was measured."""
+    last = measured[-1]
+    if items == last.items:
+        return Predicted(items, last.keep, last.ms, last.code_bytes, last.disk_bytes, last.build_s)
+    sizes = np.array([m.items for m in measured], dtype=np.float64)
+    keeps = np.array([m.keep for m in measured], dtype=np.float64)
+    keep = _power(sizes, keeps, items)
+    grown = (np.log(sizes), float(np.log(items))) if graph else (sizes, float(items))
+    scan = _line(grown[0], np.array([m.scan_ms for m in measured]), grown[1])
+    after = _line(keeps, np.array([m.after_ms for m in measured]), keep)
+    rest = float(np.mean([max(0.0, m.ms - m.scan_ms - m.after_ms) for m in measured]))
+    build = sizes * np.log(sizes) if graph else sizes
+    at = items * float(np.log(items)) if graph else float(items)
+    return Predicted(
+        items,
+        min(items, int(np.ceil(keep))),
+        scan + after + rest,
+        _line(sizes, np.array([m.code_bytes for m in measured], dtype=np.float64), items),
+        _line(sizes, np.array([m.disk_bytes for m in measured], dtype=np.float64), items),
+        _line(build, np.array([m.build_s for m in measured]), at),
+    )
+
+
+def held_out(measured: list[Measured], graph: bool) -> tuple[float, float] | None:
+    """Relative errors of milliseconds and code bytes at the largest size, from the others; None with fewer than two."""
+    if len(measured) < 3:
+        return None
+    last, said = measured[-1], predict(measured[:-1], measured[-1].items, graph)
+    return said.ms / last.ms - 1, (said.code_bytes + 1) / (last.code_bytes + 1) - 1
+
+
+def _line(x: Floats, y: Floats, at: float) -> float:
+    """a + b `at` of the line a, b >= 0 that fits y with the least squared relative error."""
+    if not y.any():
+        return 0.0
+    y = np.maximum(y, 1e-9)
+    if len(x) == 1:
+        return float(y[0] * at / x[0]) if at > x[0] else float(y[0])
+    columns = np.stack([np.ones_like(x), x], axis=1) / y[:, None]
+    a, b = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)[0]
+    if b < 0:
+        a, b = float((1 / y).sum() / (1 / y**2).sum()), 0.0
+    elif a < 0:
+        a, b = 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
+    return float(a + b * at)
+
+
+def _power(x: Floats, y: Floats, at: float) -> float:
+    """e `at`^f of the power law that fits y best on a log scale, 0 <= f <= 1; from one size, f = 1."""
+    centre = np.log(x) - np.log(x).mean()
+    slope = 1.0 if len(x) == 1 else float(np.clip((centre * np.log(y)).sum() / (centre**2).sum(), 0, 1))
+    return float(np.exp(np.log(y).mean() + slope * (np.log(at) - np.log(x).mean())))

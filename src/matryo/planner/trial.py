@@ -1,0 +1,137 @@
+"""One plan on one sample: its shortlist calibrated, its searches timed, its bytes counted. All through `Index`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.errors import InputError
+from matryo.core.plan import Plan, Stage
+from matryo.core.promise import Floats, lower_bound, smallest
+from matryo.index import Index
+from matryo.index.calibration import ladder_of
+from matryo.planner.scaling import Measured
+
+Float32s = NDArray[np.float32]
+TIMED = 12
+"""Queries timed at a time, after which the next plan takes its turn."""
+TURNS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What every plan must reach."""
+
+    k: int
+    recall: float
+    confidence: float
+
+
+@dataclass
+class Trial:
+    """A plan opened on a sample, ready to be timed."""
+
+    plan: Plan
+    index: Index
+    recalls: Floats
+    build_s: float
+    times: list[tuple[float, float, float]] = field(default_factory=list)
+    """Milliseconds of the call, of its first stage, and of the later ones, a row per query."""
+
+
+class Sample:
+    """The first `count` rows of the shuffled vectors in an index of their own, and the exact answers' k-th scores."""
+
+    def __init__(self, folder: Path, rows_ND: Float32s, queries_QD: Float32s, target: Target) -> None:
+        self.folder, self.queries, self.target, self.count = folder, queries_QD, target, len(rows_ND)
+        self.full = rows_ND.shape[1]
+        with Index.create(folder, width=self.full, plan=f"{self.full}:float32") as index:
+            for start in range(0, self.count, 50_000):
+                part = rows_ND[start : start + 50_000]
+                index.upsert([str(n) for n in range(start, start + len(part))], part)
+            exact = index.search(queries_QD, target.k, plan=Plan((Stage(self.full, "float32"),)))
+        self.edges = np.array([scores[-1] for scores in exact.scores])
+
+    def recalls(self, index: Index, plan: Plan) -> Floats:
+        """(Q,) share of the exact k best; equal scores stand for one another."""
+        hits = index.search(self.queries, self.target.k, plan=plan)
+        found = [np.count_nonzero(np.array(s) >= edge) for s, edge in zip(hits.scores, self.edges, strict=True)]
+        return np.asarray(found, dtype=np.float64) / self.target.k
+
+    def attempt(self, plan: Plan) -> Trial:
+        """The plan with the shortest shortlists that will do. InputError where none will."""
+        index = Index.open(self.folder, read_only=True)
+        try:
+            started = time.perf_counter()
+            index.search(self.queries[0], self.target.k, plan=plan)
+            build_s = time.perf_counter() - started
+            ladder = ladder_of(plan, self.target.k, self.count, self.full)
+            chosen, recalls = smallest(
+                ladder, lambda rung: self.recalls(index, rung), self.target.recall, self.target.confidence
+            )
+        except BaseException:
+            index.close()
+            raise
+        return Trial(chosen, index, recalls, build_s)
+
+    def time(self, trials: Sequence[Trial]) -> None:
+        """Time single queries, the plans taking turns, so that they share what else the machine does."""
+        for turn in range(TURNS):
+            at = [n % len(self.queries) for n in range(turn * TIMED, (turn + 1) * TIMED)]
+            for trial in trials:
+                trial.index.search(self.queries[at[0]], self.target.k, plan=trial.plan)
+                for n in at:
+                    started = time.perf_counter()
+                    hits = trial.index.search(self.queries[n], self.target.k, plan=trial.plan, explain=True)
+                    took = (time.perf_counter() - started) * 1e3
+                    first, *later = [stage.milliseconds for stage in hits.explanation or ()]
+                    trial.times.append((took, first, sum(later)))
+
+    def measured(self, trial: Trial) -> Measured:
+        """The medians of a timed trial."""
+        stats: dict[str, Any] = trial.index.stats()
+        whole, scan, after = np.array(trial.times).T
+        low, middle, high = np.quantile(whole, [0.1, 0.5, 0.9])
+        return Measured(
+            self.count,
+            trial.plan.stages[0].keep or self.target.k,
+            float(middle),
+            float(low),
+            float(high),
+            float(np.median(scan)),
+            float(np.median(after)),
+            sum(stats["codes"].values()),
+            stats["vector_bytes"],
+            trial.build_s,
+        )
+
+    def bound(self, trial: Trial) -> float:
+        """What the queries show of the expected recall."""
+        return lower_bound(trial.recalls, self.target.confidence)
+
+    def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:
+        """The smallest width whose float32 prefix reaches the recall: alone, or with so many candidates put in order.
+
+        Recall rises with the width but for noise; every width is tested at the target's confidence.
+        """
+
+        def plan_of(width: int) -> Plan:
+            if width == self.full:
+                return Plan((Stage(self.full, "float32"),))
+            return Plan((Stage(width, "float32", keep=rerank), *([Stage(self.full, "float32")] if rerank else [])))
+
+        with Index.open(self.folder, read_only=True) as index:
+            try:
+                width, _ = smallest(
+                    sorted(widths),
+                    lambda w: self.recalls(index, plan_of(w)),
+                    self.target.recall,
+                    self.target.confidence,
+                )
+            except InputError:
+                return None
+        return width

@@ -1,0 +1,184 @@
+"""`mt.plan`: what it recommends reaches the recall when built, what it rejects has a reason."""
+
+import json
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import matryo as mt
+from matryo.core.errors import InputError, MissingExtraError
+from matryo.core.plan import Plan, Stage
+from matryo.index.funnel import check_plan
+from matryo.planner.candidates import candidates, halves, least_bytes
+
+
+@pytest.fixture(scope="module")
+def data():
+    """4,000 clustered rows, 64 wide, whose spectrum falls, and 900 queries."""
+    rng = np.random.default_rng(0)
+    scale = np.arange(1, 65) ** -0.4
+    centres = rng.standard_normal((80, 64))
+    rows = (centres[rng.integers(0, 80, 4900)] + rng.standard_normal((4900, 64))) * scale
+    return rows[:4000].astype(np.float32), rows[4000:].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def plans(data):
+    return mt.plan(data[0], data[1][:400], recall=0.9, confidence=0.9, items="20k", budget=60)
+
+
+def test_what_is_recommended_reaches_the_recall_on_new_queries_when_built(data, tmp_path):
+    rows, queries = data
+    found = mt.plan(rows, queries[:400], recall=0.9, confidence=0.9, widths=[32, 64], budget=60)
+    assert found.facts["sample"] == 4000
+    assert found.best.plan == found.best.planned
+    with mt.Index.create(tmp_path / "index", width=64, plan=found.best.plan) as index:
+        index.upsert([str(n) for n in range(len(rows))], rows)
+        assert index.recalls(queries[400:])(found.best.plan).mean() >= 0.9
+    assert found.best.recall >= found.best.bound >= 0.9 - 1 / 2000
+
+
+def test_the_frontier_is_one_and_every_plan_that_was_started_is_on_it_or_has_a_reason(plans):
+    rows = plans.frontier
+    assert [row.bytes_per_item for row in rows] == sorted(row.bytes_per_item for row in rows)
+    assert all(a.predicted.ms > b.predicted.ms for a, b in pairwise(rows))
+    assert plans.best in rows
+    assert len(rows) + len(plans.rejected) == plans.facts["candidates"]
+    assert all(row.reason for row in plans.rejected)
+    for row in rows:
+        assert [m.items for m in row.measured] == plans.facts["sizes"]
+        assert row.last.ms_low <= row.last.ms <= row.last.ms_high
+        assert row.predicted.items == 20_000
+        assert row.predicted.keep >= row.last.keep
+    assert plans.facts["seconds"] < 60
+
+
+def test_the_full_width_is_measured_in_every_code_beside_its_prefixes():
+    found = candidates(64, 1000)
+    firsts = [plan.stages[0] for plan in found]
+    codes = {stage.code for stage in firsts}
+    assert {"binary", "int8", "float16"} <= codes
+    for code in codes - {"float32"}:
+        assert any(stage.width == 64 for stage in firsts if stage.code == code)
+    assert Plan((Stage(64, "float32"),)) in found
+    assert len({str(plan) for plan in found}) == len(found)
+    for plan in found:
+        assert check_plan(plan, 64) == plan
+        assert least_bytes(plan) >= 0
+    assert halves(768) == [768, 384, 192, 96, 48, 24]
+    assert halves(50) == [50, 24, 8]
+
+
+def test_how_many_dimensions_are_needed(plans, data):
+    rows, queries = data
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    asked = queries[:400] / np.linalg.norm(queries[:400], axis=1, keepdims=True)
+    true = np.argsort(-(asked @ unit.T), axis=1)[:, :10]
+
+    def recall(width, n):
+        cut, short = (mt.truncate(x, width) for x in (unit, asked))
+        found = np.argsort(-(short @ cut.T), axis=1)[:, :n]
+        return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true, found, strict=True)])
+
+    assert recall(plans.width_alone, 10) >= 0.9
+    assert recall(max(8, plans.width_alone // 2), 10) < 0.9
+    assert plans.width_reranked <= plans.width_alone
+    assert recall(plans.width_reranked, 100) >= 0.9
+
+
+def test_memory_and_latency_choose(data):
+    rows, queries = data
+    kind = {"recall": 0.8, "confidence": 0.9, "budget": 60, "widths": [32, 64]}
+    small = mt.plan(rows, queries[:300], memory="50kB", **kind)
+    assert small.best.predicted.code_bytes <= 50_000
+    assert any("over 50 kB" in row.reason or "no more bytes" in row.reason for row in small.rejected)
+    never = mt.plan(rows, queries[:300], latency="1us", items="1M", **kind)
+    assert never.choice is None
+    with pytest.raises(InputError, match=r"no plan is expected within 0.001 ms at 1,000,000 items; the quickest is '"):
+        _ = never.best
+    loose = mt.plan(rows, queries[:300], latency="10s", **kind)
+    assert loose.best == loose.frontier[0]
+
+
+def test_without_queries_items_are_held_out_and_the_notes_say_so(data):
+    found = mt.plan(data[0], recall=0.8, confidence=0.8, widths=[64], budget=60)
+    assert found.facts["queries"] == 500
+    assert found.facts["sample"] == 3500
+    assert any("for held-out items as queries" in note for note in found.notes())
+
+
+def test_it_stops_well_within_its_budget(data):
+    rows, queries = data
+    started = time.perf_counter()
+    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="1s")
+    # No timed assert on speed: only that what was left undone is said to be, where anything was.
+    assert found.facts["seconds"] <= time.perf_counter() - started
+    assert found.facts["sample"] == 4000 or len(found.facts["sizes"]) < 4
+    assert found.best
+
+
+def test_files(plans, tmp_path):
+    import yaml
+
+    content = yaml.safe_load(plans.save(tmp_path / "plan.yaml").read_text())
+    assert content["plan"] == str(plans.best.planned)
+    assert content["predicted"]["items"] == 20_000
+    page = plans.save(tmp_path / "page.html").read_text()
+    assert "<svg" in page
+    assert "<script" not in page
+    assert str(plans.best.plan).replace(">", "&gt;") in page
+    assert plans.rejected[0].reason.replace("'", "&#39;").replace(">", "&gt;") in page
+    assert json.loads(plans.save(tmp_path / "all.json").read_text())["best"]["planned"] == str(plans.best.planned)
+    assert str(plans.best.plan) in plans.table()
+    with pytest.raises(InputError, match=r"saved as \.html, \.yaml or \.json"):
+        plans.save(tmp_path / "x.txt")
+
+
+def test_growth_is_said(plans):
+    said = " ".join(plans.notes())
+    assert "on the 4,000 items of the sample; recall at a fixed shortlist falls as items are added" in said
+    assert "left out of the fit, 4,000 items were predicted within" in said
+    assert "dimensions: a float32 prefix of" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"queries": np.ones((20, 64))},
+            r"20 queries cannot show recall >= 0.9 at confidence 0.95 for \d+ plans at once",
+        ),
+        ({"queries": np.ones((0, 64))}, "0 queries cannot show"),
+        ({"queries": np.ones((300, 32))}, r"queries: expected \(Q, 64\) numbers, got shape \(300, 32\)"),
+        ({"queries": np.full((300, 64), np.nan)}, "queries: row 0 holds NaN"),
+        ({"vectors": np.full((300, 64), np.nan)}, r"vectors \(a sample\): row 0 holds NaN"),
+        ({"vectors": np.ones((30, 64))}, "30 vectors are too few to plan for k=10"),
+        ({"vectors": np.ones(64)}, r"vectors: expected \(N, D\) numbers, got shape \(64,\)"),
+        ({"k": 5000}, "4000 vectors are too few to plan for k=5000"),
+        ({"k": 0}, "k must be an integer of at least 1"),
+        ({"recall": 1}, "recall must be a number between 0 and 1, got 1"),
+        ({"recall": 0.99999}, "queries cannot show recall >= 0.99999"),
+        ({"memory": "1kB"}, r"memory 1 kB is below the floor: the smallest code, .* takes \d+ bytes? an item"),
+        ({"widths": [0]}, r"width 0 is outside 1\.\.64"),
+        ({"widths": [128]}, r"width 128 is outside 1\.\.64"),
+        ({"items": 100}, "items is 100 but 4,000 vectors were given"),
+        ({"latency": "fast"}, "latency must be a number above 0"),
+        ({"budget": 0}, "budget must be a number above 0"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_measured(data, change, match):
+    given = {"vectors": data[0], "queries": data[1][:400], "recall": 0.9, **change}
+    with pytest.raises(InputError, match=match):
+        mt.plan(**given)
+
+
+def test_a_missing_package_names_the_extra(plans, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "matryo.planner.page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "matryo.pages", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'matryo\[eval\]'"):
+        plans.save(tmp_path / "page.html")

@@ -1,0 +1,69 @@
+"""The lines predictions are made of."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matryo.core.errors import InputError
+from matryo.planner.quantities import amount, size
+from matryo.planner.scaling import Measured, held_out, predict
+
+
+def at(items, a=0.1, b=1e-5, c=0.05, d=1e-3, rest=0.2, power=0.5, bytes_=32):
+    keep = round(20 * items**power)
+    scan, after = a + b * items, c + d * keep
+    return Measured(items, keep, scan + after + rest, 0, 0, scan, after, bytes_ * items, 4 * items, 1e-6 * items)
+
+
+positive = st.floats(1e-6, 1.0)
+
+
+@given(positive, positive, positive, st.floats(1e-6, 1e-2), st.floats(0.3, 0.6))
+def test_a_law_of_the_model_is_found_again_at_any_size(a, b, c, d, power):
+    sizes = [at(n, a, b * 1e-4, c, d, power=power) for n in (1000, 2000, 4000, 8000)]
+    said, true = predict(sizes, 40_000, graph=False), at(40_000, a, b * 1e-4, c, d, power=power)
+    assert said.ms == pytest.approx(true.ms, rel=0.05)
+    assert said.code_bytes == pytest.approx(true.code_bytes, rel=1e-6)
+    assert said.disk_bytes == pytest.approx(true.disk_bytes, rel=1e-6)
+    assert said.keep == pytest.approx(true.keep, rel=0.05, abs=2)
+    error = held_out(sizes, graph=False)
+    assert error == pytest.approx((0, 0), abs=0.05)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=4, max_size=4))
+def test_whatever_was_measured_no_prediction_is_negative_or_falls_with_the_items(times):
+    sizes = [
+        Measured(n, 10 + i, 3 * t, t, t, t, t, 16 * n, 4 * n, t)
+        for i, (n, t) in enumerate(zip((1000, 2000, 4000, 8000), times, strict=True))
+    ]
+    for graph in (False, True):
+        said = [predict(sizes, n, graph) for n in (9000, 16_000, 1_000_000)]
+        assert all(p.ms > 0 and p.code_bytes > 0 and p.build_s > 0 for p in said)
+        assert said[0].ms <= said[1].ms + 1e-9
+        assert said[1].ms <= said[2].ms + 1e-9
+
+
+def test_graphs_grow_with_the_logarithm():
+    sizes = [Measured(n, 50, 1, 1, 1, (n.bit_length() - 1) * 0.1, 0.1, 200 * n, 4 * n, 1) for n in (1024, 2048, 4096)]
+    assert predict(sizes, 1 << 20, graph=True).ms == pytest.approx(2.0 + 0.1 + 0.1, rel=0.2)
+    assert predict(sizes, 1 << 20, graph=False).ms > 20
+
+
+def test_one_size_alone_is_taken_to_grow_in_proportion_and_has_no_error():
+    said = predict([at(1000)], 10_000, graph=False)
+    assert said.keep == pytest.approx(10 * at(1000).keep, abs=1)
+    assert held_out([at(1000), at(2000)], graph=False) is None
+
+
+def test_amounts_are_read_as_people_write_them():
+    assert amount("memory", "2GB") == 2e9
+    assert amount("memory", "1.5 GiB") == 1.5 * 2**30
+    assert amount("memory", 1000) == 1000
+    assert amount("latency", "5ms") == 5
+    assert amount("latency", "200us") == pytest.approx(0.2)
+    assert amount("items", "100M") == 1e8
+    assert amount("budget", "2min") == 120
+    assert size(2_500_000) == "2.5 MB"
+    for bad in ("2 apples", "-1GB", "", "0", True, None, "infGB"):
+        with pytest.raises(InputError, match="memory must be a number above 0, with one of the units B, KB"):
+            amount("memory", bad)
