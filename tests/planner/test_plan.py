@@ -1,7 +1,6 @@
 """`mt.plan`: what it recommends reaches the recall when built, what it rejects has a reason."""
 
 import json
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -109,14 +108,15 @@ def test_without_queries_items_are_held_out_and_the_notes_say_so(data):
     assert any("for held-out items as queries" in note for note in found.notes())
 
 
-def test_it_stops_well_within_its_budget(data):
+def test_a_short_budget_leaves_out_what_it_must_and_says_so(data):
     rows, queries = data
-    started = time.perf_counter()
-    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="1s")
-    # No timed assert on speed: only that what was left undone is said to be, where anything was.
-    assert found.facts["seconds"] <= time.perf_counter() - started
-    assert found.facts["sample"] == 4000 or len(found.facts["sizes"]) < 4
+    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="0.3s")
+    # Too short for every plan at every size on any machine; what was left out is said, and there is an answer.
+    assert found.facts["sample"] < 4000
     assert found.best
+    assert len(found.frontier) + len(found.rejected) == found.facts["candidates"]
+    with pytest.raises(InputError, match="the budget is too short"):
+        mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="1ms")
 
 
 def test_files(plans, tmp_path):

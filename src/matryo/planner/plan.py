@@ -214,7 +214,7 @@ class _Run:
     def _one_size(self, sample: Sample, alive: list[Plan]) -> list[tuple[str, Trial, float]]:
         done: list[tuple[str, Trial, float]] = []
         for number, plan in enumerate(alive):
-            if time.perf_counter() > self.deadline and (done or self.sizes):
+            if time.perf_counter() > self.deadline:
                 for late in alive[number:]:
                     self.reject(late, f"not measured at {sample.count:,} items: the budget was used up")
                 break
