@@ -14,7 +14,7 @@ Printed for each set, plan and target:
   shortlist     mean over splits, and as a multiple of the smallest fixed shortlist whose mean over all queries will do.
 
 The same for two other tests: the predictable plug-in bet of Waudby-Smith & Ramdas (2023, theorem 3) and
-Hoeffding-Bentkus (Bates et al. 2021). Rows go to results/promise.jsonl.
+Hoeffding-Bentkus (Bates et al. 2021). Rows go to results/promise-SET.jsonl.
 """
 
 import argparse
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import matryo  # noqa: E402
 from common import save  # noqa: E402
 from matryo.core.plan import Plan  # noqa: E402
-from matryo.core.promise import p_value, sizes  # noqa: E402
+from matryo.core.promise import needed, p_value, sizes  # noqa: E402
 from matryo.core.records import rows as table_rows  # noqa: E402
 from matryo.index import Index  # noqa: E402
 
@@ -128,6 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.95, 0.99])
     parser.add_argument("--work", type=Path, help="folder that keeps the vectors")
+    parser.add_argument("--queries", type=int, default=2000, help="of each set, at most")
     parser.add_argument("--cut", type=int, default=400, help="characters of each text that are encoded")
     parser.add_argument("--smoke", action="store_true", help="a size that takes seconds, written nowhere")
     args = parser.parse_args()
@@ -140,6 +141,7 @@ def main() -> None:
             base, queries, args.targets = base[:600], queries[:400], [0.9]
         kept = (base != 0).any(axis=1)
         base, queries = base[kept], queries[(queries != 0).any(axis=1)]
+        queries = queries[np.random.default_rng(0).permutation(len(queries))[: args.queries]]
         full = base.shape[1]
         short = full // 4 // 8 * 8
         plans = args.plan or [
@@ -154,6 +156,8 @@ def main() -> None:
                 at, recalls_SQ = table(index, queries, Plan.parse(plan), len(base))
                 for target in args.targets:
                     for sample in (len(queries) // 2, min(300, len(queries) // 3)):
+                        if sample < needed(target, CONFIDENCE):
+                            continue  # calibrate would refuse it
                         for name, test in TESTS.items():
                             row = splits(at, recalls_SQ, test, target, sample)
                             where = {"set": folder.name, "items": len(base), "queries": len(queries), "plan": plan}
@@ -165,7 +169,9 @@ def main() -> None:
                                 flush=True,
                             )
     if not args.smoke:
-        save(Path(__file__).parent / "results" / "promise.jsonl", rows)
+        for name in {row["set"] for row in rows}:
+            mine = [row for row in rows if row["set"] == name]
+            save(Path(__file__).parent / "results" / f"promise-{name}.jsonl", mine)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
 """Which plans are worth measuring: every first stage the index can run, at the full width and at its halves."""
 
-from matryo.core.codecs import codec
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
-from matryo.index.funnel import CODES, SCANS, check_plan
+from matryo.index.funnel import CODES, check_plan
+from matryo.index.trained import index_codec
 
 KEEP = 100
 """A place-holder: the shortlist is calibrated."""
 PRODUCT_BYTES = (16, 32, 64)
-OPTIONS: dict[str, tuple[tuple[str, int], ...]] = {"flat": (), "hnsw": (("M", 32), ("ef", 100)), "ivf": ()}
+Variant = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...]]
+VARIANTS: tuple[Variant, ...] = (
+    ("flat", (), ()),
+    ("ivf", (), ("binary",)),
+    ("hnsw", (("M", 32), ("ef", 100)), ("float16", "int8", "int4")),
+    ("ivf", (("cells", 256), ("probe", 32)), ("int4", "binary", "rabitq", "pq")),
+)
+"""Scan, its options, and the codes it is tried over, all if none is named. One cell of bits is a flat scan in which
+the float query meets the bits; codes other than binary are scanned so anyway."""
 GRAPH_ITEMS = 50_000
 """Graphs and cells are tried from so many items on; below, an exhaustive scan of a short code is as fast."""
 
@@ -20,14 +28,14 @@ def candidates(full: int, items: int, widths: list[int] | None = None) -> list[P
     """
     chosen = halves(full) if widths is None else widths
     found = [Plan((Stage(full, "float32"),))]
-    for scan in SCANS:
-        if scan != "flat" and items < GRAPH_ITEMS:
+    for scan, options, over in VARIANTS:
+        if options and items < GRAPH_ITEMS:
             continue
-        for width in chosen if scan == "flat" else chosen[1:4]:
-            for code in _codes(scan):
-                plan = _runs(width, code, scan, full)
-                if plan is not None:
-                    found.append(plan)
+        for width in chosen[1:4] if options else chosen:
+            for code in _codes():
+                if not over or code.rstrip("0123456789") in over or code in over:
+                    plan = _runs(Stage(width, code, scan, options, KEEP), full)
+                    found += [plan] if plan else []
     return found
 
 
@@ -40,22 +48,20 @@ def halves(full: int) -> list[int]:
 def least_bytes(plan: Plan) -> int:
     """Bytes an item's code takes at least in memory; 0 where the first stage reads the vectors file."""
     first = plan.stages[0]
-    return 0 if len(plan.stages) == 1 else codec(first.code, first.width).bytes_per_item
+    return 0 if len(plan.stages) == 1 else index_codec(first.code, first.width).bytes_per_item
 
 
-def _codes(scan: str) -> list[str]:
-    """Codes by name; the wide floats only where they are all there is to scan."""
+def _codes() -> list[str]:
+    """Every code by name."""
     names = [code for code in CODES if not code.startswith("pq")]
-    names += [f"pq{n}" for n in PRODUCT_BYTES if any(code.startswith("pq") for code in CODES)]
-    return names if scan == "flat" else [name for name in names if name not in ("float32", "bfloat16")]
+    return names + [f"pq{n}" for n in PRODUCT_BYTES if len(names) < len(CODES)]
 
 
-def _runs(width: int, code: str, scan: str, full: int) -> Plan | None:
+def _runs(first: Stage, full: int) -> Plan | None:
     """The plan if the index can run it."""
     try:
-        options = OPTIONS.get(scan, ())
-        plan = check_plan(Plan((Stage(width, code, scan, options, KEEP), Stage(full, "float32"))), full)
+        plan = check_plan(Plan((first, Stage(full, "float32"))), full)
         least_bytes(plan)
     except InputError:
         return None
-    return None if (width, code) == (full, "float32") else plan
+    return None if (first.width, first.code) == (full, "float32") else plan

@@ -207,7 +207,8 @@ class _Run:
             if count == len(self.all_rows):
                 break
             alive = self._survivors()
-            count = min(len(self.all_rows), 2 * count)
+            # A last step of less than a half more would show nothing new.
+            count = 2 * count if 3 * count <= len(self.all_rows) else len(self.all_rows)
         if not self.sizes:
             raise InputError("the budget is too short to measure a single plan; give more seconds")
 

@@ -137,8 +137,8 @@ class Plans:
         ):
             said.append(
                 f"dimensions: a float32 prefix of {width} of {facts['width']} reaches recall {facts['recall']:g} {how}"
-                if width
-                else f"dimensions: no width measured reaches recall {facts['recall']:g} {how}"
+                if width and width < facts["width"]
+                else f"dimensions: no prefix shorter than the full width reaches recall {facts['recall']:g} {how}"
             )
         said.append(
             f"'at least' holds at confidence {facts['confidence']:g} for all rows at once, for {facts['asked']}, "
@@ -146,6 +146,10 @@ class Plans:
         )
         if items != sample and self.choice is not None:
             said.append(f"'then' is at {items:,} items, by {facts['model']}")
+        if items != sample and len(facts["sizes"]) == 1:
+            said.append(
+                "the budget allowed one size, so that all of it is taken to grow in proportion: give more seconds"
+            )
         errors = [row.error for row in self.frontier if row.error]
         if errors:
             worst = [max(abs(error[n]) for error in errors) for n in (0, 1)]
