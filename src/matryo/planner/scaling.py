@@ -8,7 +8,8 @@ ordering), and the rest of the call. With N items and a first shortlist of n:
     rest  = its mean
     n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall
 
-Lines are fitted to relative errors, with a, b, c, d >= 0. The error that is reported is of the same lines fitted
+Lines are fitted to relative errors, with a, b, c, d >= 0; large sizes weigh more, in proportion, for what no longer
+fits a cache takes longer. The error that is reported is of the same lines fitted
 without the largest size, at that size.
 """
 
@@ -82,18 +83,19 @@ def held_out(measured: list[Measured], graph: bool) -> tuple[float, float] | Non
 
 
 def _line(x: Floats, y: Floats, at: float) -> float:
-    """a + b `at` of the line a, b >= 0 that fits y with the least squared relative error."""
+    """a + b `at` of the line a, b >= 0 that fits y with the least squared relative error, each times its x."""
     if not y.any():
         return 0.0
     y = np.maximum(y, 1e-9)
     if len(x) == 1:
         return float(y[0] * at / x[0]) if at > x[0] else float(y[0])
-    columns = np.stack([np.ones_like(x), x], axis=1) / y[:, None]
-    a, b = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)[0]
+    weigh = x / x.max() / y
+    columns = np.stack([np.ones_like(x), x], axis=1) * weigh[:, None]
+    a, b = np.linalg.lstsq(columns, weigh * y, rcond=None)[0]
     if b < 0:
-        a, b = float((1 / y).sum() / (1 / y**2).sum()), 0.0
+        a, b = float((weigh**2 * y).sum() / (weigh**2).sum()), 0.0
     elif a < 0:
-        a, b = 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
+        a, b = 0.0, float((weigh**2 * x * y).sum() / ((weigh * x) ** 2).sum())
     return float(a + b * at)
 
 
