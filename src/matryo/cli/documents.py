@@ -91,8 +91,8 @@ class Documents:
         from matryo.index import Batch
 
         parts = self.vectors.parts(self.size, start) if self.vectors else None
-        numbers = ((str(n), "", {}) for n in range(start, self.rows))
-        table: Iterator[Row] = numbers if self.table is None else islice(self._rows(), start, None)
+        numbers: Iterator[Row] = ((str(n), "", {}) for n in range(start, self.rows))
+        table = numbers if self.table is None else islice(self._rows(), start, None)
         for rows in _batches(table, self.size):
             left = [key for key, text, _ in rows if not text and parts is None]
             kept = [row for row in rows if row[1] or parts is not None]
@@ -116,9 +116,7 @@ class Documents:
             column = "text" if "text" in row or "document" not in row else "document"
             missing = [name for name in self.metadata if name not in row]
             if missing:
-                raise InputError(
-                    f"{path} line {line}: no column {missing[0]!r} for metadata; it has {', '.join(row)}"
-                )
+                raise InputError(f"{path} line {line}: no column {missing[0]!r} for metadata; it has {', '.join(row)}")
             bare = self.vectors is not None and column not in row and "title" not in row
             text = "" if bare else records.document_of(path, line, row, column)
             yield str(key), text, {name: row[name] for name in self.metadata}

@@ -49,8 +49,8 @@ def build(
     """Index documents in a new folder. Each batch is committed: what was reported survives a crash.
 
     Columns read: _id or id, title and text (or document). A document with neither is left out and counted, as there is
-    nothing to encode; with ready vectors it is kept. Those are a column 'vector' of the same Parquet file, or lie beside
-    it (--vectors); a .npy or .safetensors alone is indexed by row number. Neither need fit in memory.
+    nothing to encode; with ready vectors it is kept. Those are a column 'vector' of the same Parquet file, or beside it
+    (--vectors); a .npy or .safetensors alone is indexed by row number. Neither need fit in memory.
     Example: matryo index build corpus.jsonl.gz --model runs/first --out docs.matryo --metadata section
     """
     from matryo import Index, load

@@ -112,7 +112,7 @@ def _safetensors(path: Path) -> VectorStream:
 
     kinds = {"F16": "float16", "F32": "float32", "F64": "float64"}
     try:
-        opened = safe_open(path, "numpy")
+        opened: Any = safe_open(path, "numpy")
         names = sorted(opened.keys())
         if len(names) != 1:
             raise InputError(f"{path}: expected one tensor, it holds {names}")
