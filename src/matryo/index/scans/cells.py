@@ -18,7 +18,7 @@ from matryo.core.codecs import Codec, Float32s, Int4
 from matryo.core.plan import Stage
 from matryo.core.prefix import truncate
 from matryo.index.column import Stored, sample
-from matryo.index.scans.common import Allowed, Found, filled, settled
+from matryo.index.scans.common import Allowed, Found, Rows, filled, first, settled
 from matryo.index.trained import ProductCode, RaBitQ, faiss_module, index_codec, product_quantizer
 from matryo.index.vectors import CHUNK_ROWS
 
@@ -85,8 +85,10 @@ class Cells:
                 return filled(scores[0], rows[0])
 
             scores, rows = settled(ask, n, count)
-            if len(rows) >= min(n, count) or probe >= self.cells:
+            if len(rows) >= min(n, count):
                 return scores, rows
+            if probe >= self.cells:
+                return self._completed(scores, rows, min(n, count), allowed)
             probe = min(2 * probe, self.cells)
 
     def tail_codec(self) -> Codec | None:
@@ -111,6 +113,15 @@ class Cells:
         if allowed is not None:
             made.sel = allowed.selector
         return made
+
+    def _completed(self, scores: Float32s, rows: Rows, n: int, allowed: Allowed | None) -> Found:
+        """With the lowest of the rows that the fast scan left out, whose quantised score is its least; zero queries do
+        that to every row.
+        """
+        every = np.arange(self.rows) if allowed is None else allowed.rows
+        others = np.setdiff1d(every[: np.searchsorted(every, self.rows)], rows)[: n - len(rows)]
+        least = np.full(len(others), scores.min() if len(scores) else 0, np.float32)
+        return first(np.concatenate([scores, least]), np.concatenate([rows, others]), n)
 
     def _add(self, vectors: Stored, end: int) -> None:
         for prefixes in chunks(vectors, self.width, self.rows, end):

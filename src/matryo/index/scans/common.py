@@ -34,9 +34,9 @@ class Allowed:
 
     @cached_property
     def selector(self) -> Any:
-        """faiss' view of the mask; a row beyond it is not allowed."""
+        """faiss' view of the mask (its length is in bytes); a row beyond it is not allowed."""
         self._bits = np.packbits(self.mask, bitorder="little")
-        return faiss_module().IDSelectorBitmap(len(self.mask), faiss_module().swig_ptr(self._bits))
+        return faiss_module().IDSelectorBitmap(len(self._bits), faiss_module().swig_ptr(self._bits))
 
 
 def settled(search: Callable[[int], Found], n: int, most: int) -> Found:
