@@ -87,33 +87,40 @@ class TorchProducts:
 class OneDnnProducts:
     """Products by oneDNN, through the operator that torch's compiler calls: x @ weight^T (+ other).
 
-    It is fast for a dense x, and for a weight that is dense as it stands or transposed. So every block is a matrix of
-    its own, and what is summed over chunks for the candidates is summed transposed.
+    It is fast for a dense x, and for a weight that is dense as it stands or transposed. So every block of candidates is
+    a matrix of its own, and what is summed over chunks for the candidates is summed transposed.
     """
 
     def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
-        self.anchors = [anchors[:, block].contiguous() for block in blocks]
+        self.anchors, self.blocks = anchors, blocks
         self.candidates = [candidates[:, block].contiguous() for block in blocks]
-        self.blocks = blocks
         self.grad_anchors = torch.empty_like(anchors)
         self.sums: list[Tensor | None] = [None] * len(blocks)
 
     def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
         """See BlockProducts; the operator gives memory of its own."""
         gram: Tensor | None = None
-        for anchors, candidates in zip(self.anchors, self.candidates, strict=True):
-            gram = _linear(anchors[rows], candidates, gram)
+        for block, candidates in zip(self.blocks, self.candidates, strict=True):
+            gram = _linear(self.anchors[rows, block].contiguous(), candidates, gram)
             yield gram
 
     def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
         """See BlockProducts."""
         self.grad_anchors[rows, self.blocks[block]] = _linear(suffix_RN, self.candidates[block].T)
-        anchors = self.anchors[block][rows].T.contiguous()
+        anchors = self.anchors[rows, self.blocks[block]].T.contiguous()
         self.sums[block] = _linear(anchors, suffix_RN.T, self.sums[block])
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """See BlockProducts."""
-        return self.grad_anchors, torch.cat([x for x in self.sums if x is not None]).T.contiguous()
+        # The copies of the blocks have served; without them and with each sum let go once read, the peak is lower.
+        count = len(self.candidates[0])
+        self.candidates = []
+        grad_candidates = self.grad_anchors.new_empty(count, self.grad_anchors.shape[1])
+        for number, block in enumerate(self.blocks):
+            total, self.sums[number] = self.sums[number], None
+            if total is not None:
+                grad_candidates[:, block] = total.T
+        return self.grad_anchors, grad_candidates
 
 
 def _transposed(x: Tensor) -> Tensor:
