@@ -13,6 +13,8 @@ from matryo.core.errors import StorageError
 from matryo.core.files import digest, write_atomically
 from matryo.core.plan import Stage
 from matryo.index.column import Column, Float32s, Rows
+from matryo.index.scans.bounds import NAME as BOUNDS
+from matryo.index.scans.bounds import Bounds, exact_rows
 from matryo.index.scans.cells import Cells
 from matryo.index.scans.common import Allowed
 from matryo.index.scans.flat import scan_column
@@ -24,6 +26,8 @@ from matryo.index.vectors import Vectors
 Manifest = dict[str, tuple[int, str, int]]
 """file name -> (size, digest, rows covered)"""
 ManifestRow = tuple[str, int, str, int]
+BOUNDS_FROM, BOUNDS_WIDTH = 1 << 23, 32
+"""Numbers in the index, and its width, from which on exact search goes by bounds; smaller ones are scored whole."""
 IN_PLACE = ("float32", "float16", "bfloat16", "int8", "binary")
 """Codes whose flat scan reads the column itself; the others are packed for it."""
 
@@ -50,6 +54,14 @@ class CodeStore:
             return scan_column(column, queries_QD, n, vectors.end, allowed)
         return self.scanner(stage.width, name).scan(stage, queries_QD, n, vectors, vectors.end, allowed)
 
+    def exact_rows(
+        self, query_D: Float32s, n: int, vectors: Vectors, allowed: Allowed | None, exact: Callable[[Rows], Float32s]
+    ) -> Rows | None:
+        """Every row that may be one of the n best of the full width, or None where scoring all is as quick."""
+        if vectors.width < BOUNDS_WIDTH or vectors.end * vectors.width < BOUNDS_FROM or n * 64 > vectors.end:
+            return None
+        return exact_rows(self.column(vectors.width, BOUNDS, vectors), query_D, n, vectors.end, allowed, exact)
+
     def column(self, width: int, name: str, vectors: Vectors) -> Column:
         """A column that covers all rows of `vectors`: from memory, else from its file, else encoded anew."""
         key = (width, name)
@@ -57,10 +69,10 @@ class CodeStore:
         if have is not None and have.rows >= vectors.end:
             return have
         with self._lock:
-            column = self._columns.get(key) or self._column_file(width, name, vectors.end) or Column(name, width)
+            column = self._columns.get(key) or self._column_file(width, name, vectors.end) or new_column(name, width)
             column.extend(vectors, vectors.end)
             if column.stale:
-                column = Column(name, width)
+                column = new_column(name, width)
                 column.extend(vectors, vectors.end)
             self._columns[key] = column
             return column
@@ -103,7 +115,7 @@ class CodeStore:
         if found is None or found[1] > end:
             return None
         try:
-            return Column(name, width).load(load(found[0].read_bytes()), found[1])
+            return new_column(name, width).load(load(found[0].read_bytes()), found[1])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
@@ -162,6 +174,11 @@ class CodeStore:
         row = (file, path.stat().st_size, digest(path), rows)
         self.manifest[file] = row[1:]
         return row
+
+
+def new_column(name: str, width: int) -> Column:
+    """An empty column: of a code, or of the bounds that exact search goes by."""
+    return Column(name, width, codec=Bounds(width)) if name == BOUNDS else Column(name, width)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -75,7 +75,7 @@ class Column:
         self.rows = end - self.first
 
     def _split(self, codes: Part) -> list[Part]:
-        if isinstance(self.codec, Int8):
+        if codes.dtype == np.int8:
             return [codes.view(np.uint8) ^ SIGN]
         if not isinstance(self.codec, Binary) or self.pieces == [codes.shape[1]]:
             return [codes]

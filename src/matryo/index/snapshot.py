@@ -3,7 +3,7 @@
 import sqlite3
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,14 @@ class View:
             return [np.empty(0, np.int64) for _ in queries_QD]
         if stage.width < self.width or stage.code != "float32" or stage.scan != "flat":
             return self._snapshot.codes.scan(stage, queries_QD, n, self._snapshot.vectors, self._allowed)
-        at_a_time = max(1, COSTS_AT_A_TIME // end)
+        codes, vectors = self._snapshot.codes, self._snapshot.vectors
+        pruned = [codes.exact_rows(q, n, vectors, self._allowed, partial(self.exact, q)) for q in queries_QD]
+        scored = iter(self._all_scored(queries_QD[[rows is None for rows in pruned]], n))
+        return [next(scored) if rows is None else rows for rows in pruned]
+
+    def _all_scored(self, queries_QD: Float32s, n: int) -> list[Rows]:
+        """The n best rows by full-width scores of every row, and those that rounding cannot tell from the n-th."""
+        at_a_time = max(1, COSTS_AT_A_TIME // self._snapshot.state.end)
         found: list[Rows] = []
         for start in range(0, len(queries_QD), at_a_time):
             costs = self._exact_costs(queries_QD[start : start + at_a_time])

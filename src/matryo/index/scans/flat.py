@@ -80,12 +80,12 @@ def flat_index(column: Column, end: int) -> Any:
     if column.name == "float32":
         index = faiss.IndexFlatIP(column.width)
     else:
-        kind = getattr(faiss.ScalarQuantizer, QUANTIZERS[column.name])
-        index = faiss.IndexScalarQuantizer(column.width, kind, faiss.METRIC_INNER_PRODUCT)
+        kind = getattr(faiss.ScalarQuantizer, QUANTIZERS.get(column.name, "QT_8bit_uniform"))
+        index = faiss.IndexScalarQuantizer(array.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
         # What faiss calls 8 bit uniform decodes (code + .5) / 255 * span + least: here code - 128, exactly.
-        trained = np.array([-128.5, 255.0], np.float32) if column.name == "int8" else np.empty(0, np.float32)
+        trained = np.array([-128.5, 255.0] if array.dtype == np.uint8 else [], np.float32)
         faiss.copy_array_to_vector(trained, index.sq.trained)
-    size = end * column.width * array.itemsize
+    size = end * array.shape[1] * array.itemsize
     index.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(array.view(np.uint8)), size, index.codes.owner)
     index.ntotal, index.is_trained = end, True
     column.view = (array, end, index)
