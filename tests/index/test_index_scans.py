@@ -230,6 +230,19 @@ def test_searches_with_other_ef_share_one_graph(tmp_path):
         assert list(index.stats()["codes"]) == ["32:int8 hnsw(M=8)"]
 
 
+@pytest.mark.parametrize(
+    ("code", "each"),
+    # Packed codes lie in blocks of 32 rows, with the row's number (8 bytes) beside each.
+    [("float16", 64), ("int8", 32), ("binary", 8), ("int4", 16 + 8), ("pq8", 8 + 8), ("rabitq", 4 + 8 + 8)],
+)
+def test_stats_say_what_a_row_takes(tmp_path, code, each):
+    with Index.create(tmp_path / "i", width=64) as index:
+        fill(index, 0, 480)
+        index.search(rows(1), plan=plan_of(code, "flat", 20))
+        (told,) = index.stats()["bytes_per_item"].values()
+        assert each <= told <= each + 1
+
+
 def test_an_empty_index_and_one_row(tmp_path):
     with Index.create(tmp_path / "i", width=64) as index:
         plans = [plan_of(code, scan, 5) for code, scan in PAIRS]

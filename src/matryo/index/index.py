@@ -334,7 +334,7 @@ class Index:
         return promise
 
     def stats(self) -> dict[str, Any]:
-        """What the index is and how many bytes it takes, in memory (`codes`) and on the disk."""
+        """What the index is and how many bytes it takes, in memory (`codes`, and each by row) and on the disk."""
         with self._reading() as (_, snapshot):
             state = snapshot.state
             loaded = snapshot.codes.loaded()
@@ -353,6 +353,10 @@ class Index:
             "store": state.store,
             "vector_bytes": snapshot.vectors.stored.nbytes,
             "codes": {f"{width}:{name}": column.nbytes for (width, name), column in sorted(loaded.items())},
+            "bytes_per_item": {
+                f"{width}:{name}": round(held.nbytes / max(1, state.end), 2)
+                for (width, name), held in sorted(loaded.items())
+            },
             "files": files,
         }
 
