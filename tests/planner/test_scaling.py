@@ -12,7 +12,7 @@ from matryo.planner.scaling import Measured, held_out, predict
 def at(items, a=0.1, b=1e-5, c=0.05, d=1e-3, rest=0.2, power=0.5, bytes_=32):
     keep = round(20 * items**power)
     scan, after = a + b * items, c + d * keep
-    return Measured(items, keep, scan + after + rest, 0, 0, scan, after, bytes_ * items, 4 * items, 1e-6 * items)
+    return Measured(items, keep, keep, scan + after + rest, 0, 0, scan, after, bytes_ * items, 4 * items, 1e-6 * items)
 
 
 positive = st.floats(1e-6, 1.0)
@@ -33,7 +33,7 @@ def test_a_law_of_the_model_is_found_again_at_any_size(a, b, c, d, power):
 @given(st.lists(st.floats(0.01, 10), min_size=4, max_size=4))
 def test_whatever_was_measured_no_prediction_is_negative_or_falls_with_the_items(times):
     sizes = [
-        Measured(n, 10 + i, 3 * t, t, t, t, t, 16 * n, 4 * n, t)
+        Measured(n, 10 + i, 10 + i, 3 * t, t, t, t, t, 16 * n, 4 * n, t)
         for i, (n, t) in enumerate(zip((1000, 2000, 4000, 8000), times, strict=True))
     ]
     for graph in (False, True):
@@ -44,7 +44,9 @@ def test_whatever_was_measured_no_prediction_is_negative_or_falls_with_the_items
 
 
 def test_graphs_grow_with_the_logarithm():
-    sizes = [Measured(n, 50, 1, 1, 1, (n.bit_length() - 1) * 0.1, 0.1, 200 * n, 4 * n, 1) for n in (1024, 2048, 4096)]
+    sizes = [
+        Measured(n, 50, 50, 1, 1, 1, (n.bit_length() - 1) * 0.1, 0.1, 200 * n, 4 * n, 1) for n in (1024, 2048, 4096)
+    ]
     assert predict(sizes, 1 << 20, graph=True).ms == pytest.approx(2.0 + 0.1 + 0.1, rel=0.2)
     assert predict(sizes, 1 << 20, graph=False).ms > 20
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import check_width, truncate
-from matryo.core.promise import needed
+from matryo.core.promise import lower_bound, needed
 from matryo.core.records import check_vectors
 from matryo.index.calibration import with_keep
 from matryo.planner.candidates import candidates, halves, least_bytes
@@ -96,7 +96,15 @@ def plan(
         contest = _fitting(contest, wanted, limit)
     most = None if latency is None else amount("latency", latency)
     with tempfile.TemporaryDirectory(prefix="matryo-plan-") as folder:
-        run = _Run(Path(folder), rows, asked, target, started + SHARE * seconds, wanted, say or (lambda _: None))
+        run = _Run(
+            Path(folder),
+            rows,
+            asked,
+            target,
+            (started + SHARE * seconds / 2, started + SHARE * seconds),
+            wanted,
+            say or (lambda _: None),
+        )
         try:
             run.all_sizes(contest)
             alone, reranked = run.enough_width(chosen)
@@ -174,14 +182,21 @@ class _Run:
     """Growing samples, fewer and fewer plans."""
 
     def __init__(
-        self, folder: Path, rows: Float32s, queries: Float32s, target: Target, deadline: float, items: int, say: Say
+        self,
+        folder: Path,
+        rows: Float32s,
+        queries: Float32s,
+        target: Target,
+        deadlines: tuple[float, float],
+        items: int,
+        say: Say,
     ) -> None:
         self.folder, self.all_rows, self.queries, self.target = folder, rows, queries, target
-        self.deadline, self.items, self.say = deadline, items, say
+        (self.deadline, self.last_call), self.items, self.say = deadlines, items, say
         self.sizes: list[int] = []
         self.rejected: list[Rejected] = []
         self.history: dict[str, list[Measured]] = {}
-        self.finished: list[tuple[str, Trial, float]] = []
+        self.finished: list[tuple[str, Trial]] = []
         self.started = 0
         self.sample: Sample | None = None
 
@@ -198,7 +213,7 @@ class _Run:
             done = self._one_size(sample, alive)
             if not done:
                 break
-            for _, trial, _ in self.finished:
+            for _, trial in self.finished:
                 trial.index.close()
             self.finished, self.sample = done, sample
             self.sizes.append(count)
@@ -211,9 +226,10 @@ class _Run:
             count = 2 * count if 3 * count <= len(self.all_rows) else len(self.all_rows)
         if not self.sizes:
             raise InputError("the budget is too short to measure a single plan; give more seconds")
+        self._promise()
 
-    def _one_size(self, sample: Sample, alive: list[Plan]) -> list[tuple[str, Trial, float]]:
-        done: list[tuple[str, Trial, float]] = []
+    def _one_size(self, sample: Sample, alive: list[Plan]) -> list[tuple[str, Trial]]:
+        done: list[tuple[str, Trial]] = []
         for number, plan in enumerate(alive):
             if time.perf_counter() > self.deadline:
                 for late in alive[number:]:
@@ -224,11 +240,34 @@ class _Run:
             except InputError as error:
                 self.reject(plan, str(error))
                 continue
-            done.append((name_of(plan), trial, sample.bound(trial)))
-        sample.time([trial for _, trial, _ in done])
-        for name, trial, _ in done:
+            done.append((name_of(plan), trial))
+        sample.time([trial for _, trial in done])
+        for name, trial in done:
             self.history.setdefault(name, []).append(sample.measured(trial))
         return done
+
+    def _promise(self) -> None:
+        """What is left gets its promise from all queries, the least beaten first for as long as there is time."""
+        assert self.sample is not None
+        costs = {name: self._cost(name, trial) for name, trial in self.finished}
+        order = sorted(self.finished, key=lambda found: beaten(found[0], costs)[0])
+        kept: list[tuple[str, Trial]] = []
+        for name, trial in order:
+            ratio, by = beaten(name, costs)
+            try:
+                if ratio > BEATEN:
+                    raise InputError(f"'{by}' needs no more bytes and is expected to be {ratio:.1f} times quicker")
+                if kept and time.perf_counter() > self.last_call:
+                    raise InputError("its recall was not shown: the budget was used up")
+                self.sample.promise(trial)
+                kept.append((name, trial))
+            except InputError as error:
+                self.reject(name, str(error))
+                trial.index.close()
+        self.finished = kept
+        self.sample.time([trial for _, trial in kept])
+        for name, trial in kept:
+            self.history[name][-1] = self.sample.measured(trial)
 
     def _survivors(self) -> list[Plan]:
         """The better half by how far each is beaten at the size to come, and all that are not clearly beaten.
@@ -236,8 +275,8 @@ class _Run:
         From one size nobody can tell what grows: all go on to the second.
         """
         if len(self.sizes) < 2:
-            return [trial.plan for _, trial, _ in self.finished]
-        costs = {name: self._cost(name, trial) for name, trial, _ in self.finished}
+            return [trial.plan for _, trial in self.finished]
+        costs = {name: self._cost(name, trial) for name, trial in self.finished}
         ranked = sorted(((*beaten(name, costs), name) for name in costs), key=lambda found: found[0])
         stay = max(KEPT, len(ranked) // 2)
         kept = {name for place, (ratio, _, name) in enumerate(ranked) if place < stay or ratio <= BEATEN}
@@ -246,7 +285,7 @@ class _Run:
                 at = f"at {self.items:,} items" if self.items > self.sizes[-1] else "here"
                 self.reject(name, f"dropped after {self.sizes[-1]:,} items: '{by}' needs no more bytes and is expected "
                                   f"to be {ratio:.1f} times quicker {at}")  # fmt: skip
-        return [trial.plan for name, trial, _ in self.finished if name in kept]
+        return [trial.plan for name, trial in self.finished if name in kept]
 
     def _cost(self, name: str, trial: Trial) -> tuple[float, float]:
         """Bytes and milliseconds to be expected."""
@@ -260,7 +299,7 @@ class _Run:
     def rows(self) -> list[Row]:
         """What was measured at the largest size, with predictions."""
         found = []
-        for name, trial, bound in self.finished:
+        for name, trial in self.finished:
             sizes = self.history[name]
             graph = trial.plan.stages[0].scan == "hnsw"
             said = predict(sizes, self.items, graph)
@@ -269,6 +308,8 @@ class _Run:
             )
             if self.items == sizes[-1].items:
                 planned = trial.plan
+            assert trial.recalls is not None
+            bound = lower_bound(trial.recalls, self.target.confidence)
             found.append(
                 Row(
                     trial.plan,
@@ -289,13 +330,13 @@ class _Run:
         step = max(8, full // 32)
         every = sorted({*widths, *range(step, full + 1, step), full})
         assert self.sample is not None
-        if time.perf_counter() > self.deadline:
+        if time.perf_counter() > self.last_call:
             return None, None
         return self.sample.enough_width(every, None), self.sample.enough_width(every, 10 * self.target.k)
 
     def close(self) -> None:
         """Close what is open."""
-        for _, trial, _ in self.finished:
+        for _, trial in self.finished:
             trial.index.close()
 
 

@@ -6,7 +6,7 @@ ordering), and the rest of the call. With N items and a first shortlist of n:
     scan  = a + b N     for flat scans and cells; a + b log N for graphs
     after = c + d n
     rest  = its mean
-    n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall
+    n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall, longer by what the promise adds to it
 
 Lines are fitted to relative errors, with a, b, c, d >= 0; large sizes weigh more, in proportion, for what no longer
 fits a cache takes longer. The error that is reported is of the same lines fitted
@@ -27,7 +27,9 @@ class Measured:
 
     items: int
     keep: int
-    """Rows the first stage hands on; what the recall took at this size."""
+    """Rows the first stage hands on."""
+    least: int
+    """Rows that give the recall on average over a few queries; `keep` of the largest size is what is promised."""
     ms: float
     ms_low: float
     ms_high: float
@@ -50,14 +52,17 @@ class Predicted:
     build_s: float
 
 
-def predict(measured: list[Measured], items: int, graph: bool) -> Predicted:
+def predict(measured: list[Measured], items: int, graph: bool, margin: float | None = None) -> Predicted:
     """What is to be expected at `items`, from one or more sizes; at the largest of them, what was measured."""
     last = measured[-1]
     if items == last.items:
         return Predicted(items, last.keep, last.ms, last.code_bytes, last.disk_bytes, last.build_s)
     sizes = np.array([m.items for m in measured], dtype=np.float64)
     keeps = np.array([m.keep for m in measured], dtype=np.float64)
-    keep = _power(sizes, keeps, items)
+    margin = last.keep / last.least if margin is None else margin
+    # More items never need a shorter shortlist, whatever a fit to noise says.
+    least = max(float(last.least), _power(sizes, np.array([m.least for m in measured], dtype=np.float64), items))
+    keep = margin * least
     grown = (np.log(sizes), float(np.log(items))) if graph else (sizes, float(items))
     scan = _line(grown[0], np.array([m.scan_ms for m in measured]), grown[1])
     after = _line(keeps, np.array([m.after_ms for m in measured]), keep)
@@ -78,7 +83,8 @@ def held_out(measured: list[Measured], graph: bool) -> tuple[float, float] | Non
     """Relative errors of milliseconds and code bytes at the largest size, from the others; None with fewer than two."""
     if len(measured) < 3:
         return None
-    last, said = measured[-1], predict(measured[:-1], measured[-1].items, graph)
+    last = measured[-1]
+    said = predict(measured[:-1], last.items, graph, last.keep / last.least)
     return said.ms / last.ms - 1, (said.code_bytes + 1) / (last.code_bytes + 1) - 1
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
-from matryo.core.promise import Floats, lower_bound, smallest
+from matryo.core.promise import Floats, smallest
 from matryo.index import Index
 from matryo.index.calibration import ladder_of
 from matryo.planner.scaling import Measured
@@ -20,6 +20,8 @@ Float32s = NDArray[np.float32]
 TIMED = 12
 """Queries timed at a time, after which the next plan takes its turn."""
 TURNS = 4
+FEW = 120
+"""Queries that size a shortlist while plans are compared; all of them make the promise, at the end."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Trial:
 
     plan: Plan
     index: Index
-    recalls: Floats
+    least: int
+    """Shortest first shortlist whose mean recall over a few queries will do."""
     build_s: float
+    recalls: Floats | None = None
+    """Of all queries, once promised."""
     times: list[tuple[float, float, float]] = field(default_factory=list)
     """Milliseconds of the call, of its first stage, and of the later ones, a row per query."""
 
@@ -56,27 +61,40 @@ class Sample:
             exact = index.search(queries_QD, target.k, plan=Plan((Stage(self.full, "float32"),)))
         self.edges = np.array([scores[-1] for scores in exact.scores])
 
-    def recalls(self, index: Index, plan: Plan) -> Floats:
-        """(Q,) share of the exact k best; equal scores stand for one another."""
-        hits = index.search(self.queries, self.target.k, plan=plan)
-        found = [np.count_nonzero(np.array(s) >= edge) for s, edge in zip(hits.scores, self.edges, strict=True)]
+    def recalls(self, index: Index, plan: Plan, few: int | None = None) -> Floats:
+        """(Q,) share of the exact k best, of the first few queries or all; equal scores stand for one another."""
+        hits = index.search(self.queries[:few], self.target.k, plan=plan)
+        found = [np.count_nonzero(np.array(s) >= edge) for s, edge in zip(hits.scores, self.edges[:few], strict=True)]
         return np.asarray(found, dtype=np.float64) / self.target.k
 
     def attempt(self, plan: Plan) -> Trial:
-        """The plan with the shortest shortlists that will do. InputError where none will."""
+        """The plan with the shortest shortlists that do for a few queries. InputError where none will."""
         index = Index.open(self.folder, read_only=True)
         try:
             started = time.perf_counter()
             index.search(self.queries[0], self.target.k, plan=plan)
             build_s = time.perf_counter() - started
             ladder = ladder_of(plan, self.target.k, self.count, self.full)
-            chosen, recalls = smallest(
-                ladder, lambda rung: self.recalls(index, rung), self.target.recall, self.target.confidence
-            )
+            low, high, best = -1, len(ladder), 0.0
+            while high - low > 1:
+                middle = (low + high) // 2
+                found = float(self.recalls(index, ladder[middle], FEW).mean())
+                best = max(best, found)
+                low, high = (low, middle) if found >= self.target.recall else (middle, high)
+            if high == len(ladder):
+                raise InputError(f"reaches recall {best:.4f} with every item in its shortlist, on {self.count:,} items")
         except BaseException:
             index.close()
             raise
-        return Trial(chosen, index, recalls, build_s)
+        return Trial(ladder[high], index, ladder[high].stages[0].keep or self.target.k, build_s)
+
+    def promise(self, trial: Trial) -> None:
+        """Give a trial the shortest shortlists that all queries show to be long enough. InputError where none is."""
+        ladder = ladder_of(trial.plan, self.target.k, self.count, self.full)
+        trial.plan, trial.recalls = smallest(
+            ladder, lambda rung: self.recalls(trial.index, rung), self.target.recall, self.target.confidence
+        )
+        trial.times.clear()
 
     def time(self, trials: Sequence[Trial]) -> None:
         """Time single queries, the plans taking turns, so that they share what else the machine does."""
@@ -99,6 +117,7 @@ class Sample:
         return Measured(
             self.count,
             trial.plan.stages[0].keep or self.target.k,
+            trial.least,
             float(middle),
             float(low),
             float(high),
@@ -108,10 +127,6 @@ class Sample:
             stats["vector_bytes"],
             trial.build_s,
         )
-
-    def bound(self, trial: Trial) -> float:
-        """What the queries show of the expected recall."""
-        return lower_bound(trial.recalls, self.target.confidence)
 
     def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:
         """The smallest width whose float32 prefix reaches the recall: alone, or with so many candidates put in order.
