@@ -205,3 +205,30 @@ def test_an_index_is_calibrated_from_vectors_texts_or_its_own_items(cli, dev_fol
     status, _, err = cli("index", "calibrate", index, "--queries", dev_folder / "queries.jsonl")
     assert status == 2
     assert "names no model" in err
+
+
+def test_a_plan_is_measured_written_and_built_from(cli, tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "v.npy", (rng.standard_normal((600, 16)) * np.arange(1, 17) ** -0.7).astype(np.float32))
+    np.save(tmp_path / "q.npy", (rng.standard_normal((200, 16)) * np.arange(1, 17) ** -0.7).astype(np.float32))
+    out, page = tmp_path / "plan.yaml", tmp_path / "page.html"
+    line = ["plan", tmp_path / "v.npy", tmp_path / "q.npy", "--recall", 0.8, "--widths", "8", "--budget", "30s"]
+    status, said, _ = cli(*line, "--items", "1k", "--out", out, "--report", page, "--json")
+    assert status == 0
+    found = json.loads(said)
+    assert out.read_text().splitlines()[1] == f'plan: "{found["best"]["planned"]}"'
+    assert "<svg" in page.read_text()
+    index = tmp_path / "v.matryo"
+    assert cli("index", "build", tmp_path / "v.npy", "--out", index, "--plan", out)[0] == 0
+    assert json.loads(cli("index", "stats", index, "--json")[1])["plan"] == found["best"]["planned"]
+    status, said, err = cli(*line, "--latency", "1us")
+    assert status == 2
+    assert "no plan is expected within 0.001 ms" in err
+    assert "recall" in said
+    out.write_text("nothing: here\n")
+    status, _, err = cli("index", "build", tmp_path / "v.npy", "--out", tmp_path / "w", "--plan", out)
+    assert (status, (tmp_path / "w").exists()) == (2, False)
+    assert "holds no 'plan: ...'" in err
+    assert cli(*line, "--out", tmp_path / "plan.txt")[0] == 2

@@ -15,23 +15,23 @@ from matryo.planner.candidates import candidates, halves, least_bytes
 
 @pytest.fixture(scope="module")
 def data():
-    """4,000 clustered rows, 64 wide, whose spectrum falls, and 900 queries."""
+    """2,000 clustered rows, 64 wide, whose spectrum falls, and 900 queries."""
     rng = np.random.default_rng(0)
     scale = np.arange(1, 65) ** -0.4
     centres = rng.standard_normal((80, 64))
-    rows = (centres[rng.integers(0, 80, 4900)] + rng.standard_normal((4900, 64))) * scale
-    return rows[:4000].astype(np.float32), rows[4000:].astype(np.float32)
+    rows = (centres[rng.integers(0, 80, 2900)] + rng.standard_normal((2900, 64))) * scale
+    return rows[:2000].astype(np.float32), rows[2000:].astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def plans(data):
-    return mt.plan(data[0], data[1][:400], recall=0.9, confidence=0.9, items="20k", budget=60)
+    return mt.plan(data[0], data[1][:400], recall=0.9, confidence=0.9, items="20k", budget=60, widths=[8, 16, 32, 64])
 
 
 def test_what_is_recommended_reaches_the_recall_on_new_queries_when_built(data, tmp_path):
     rows, queries = data
-    found = mt.plan(rows, queries[:400], recall=0.9, confidence=0.9, widths=[32, 64], budget=60)
-    assert found.facts["sample"] == 4000
+    found = mt.plan(rows, queries[:400], recall=0.9, confidence=0.9, widths=[16, 64], budget=60)
+    assert found.facts["sample"] == 2000
     assert found.best.plan == found.best.planned
     with mt.Index.create(tmp_path / "index", width=64, plan=found.best.plan) as index:
         index.upsert([str(n) for n in range(len(rows))], rows)
@@ -88,11 +88,11 @@ def test_how_many_dimensions_are_needed(plans, data):
 
 
 def test_memory_and_latency_choose(data):
-    rows, queries = data
-    kind = {"recall": 0.8, "confidence": 0.9, "budget": 60, "widths": [32, 64]}
-    small = mt.plan(rows, queries[:300], memory="50kB", **kind)
-    assert small.best.predicted.code_bytes <= 50_000
-    assert any("over 50 kB" in row.reason or "no more bytes" in row.reason for row in small.rejected)
+    rows, queries = data[0][:800], data[1]
+    kind = {"recall": 0.8, "confidence": 0.9, "budget": 60, "widths": [16, 64]}
+    small = mt.plan(rows, queries[:300], memory="20kB", **kind)
+    assert small.best.predicted.code_bytes <= 20_000
+    assert any("over 20 kB" in row.reason or "no more bytes" in row.reason for row in small.rejected)
     never = mt.plan(rows, queries[:300], latency="1us", items="1M", **kind)
     assert never.choice is None
     with pytest.raises(InputError, match=r"no plan is expected within 0.001 ms at 1,000,000 items; the quickest is '"):
@@ -103,8 +103,8 @@ def test_memory_and_latency_choose(data):
 
 def test_without_queries_items_are_held_out_and_the_notes_say_so(data):
     found = mt.plan(data[0], recall=0.8, confidence=0.8, widths=[64], budget=60)
-    assert found.facts["queries"] == 500
-    assert found.facts["sample"] == 3500
+    assert found.facts["queries"] == 400
+    assert found.facts["sample"] == 1600
     assert any("for held-out items as queries" in note for note in found.notes())
 
 
@@ -112,7 +112,7 @@ def test_a_short_budget_leaves_out_what_it_must_and_says_so(data):
     rows, queries = data
     found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="0.3s")
     # Too short for every plan at every size on any machine; what was left out is said, and there is an answer.
-    assert found.facts["sample"] < 4000
+    assert found.facts["sample"] < 2000
     assert found.best
     assert len(found.frontier) + len(found.rejected) == found.facts["candidates"]
     with pytest.raises(InputError, match="the budget is too short"):
@@ -138,8 +138,8 @@ def test_files(plans, tmp_path):
 
 def test_growth_is_said(plans):
     said = " ".join(plans.notes())
-    assert "on the 4,000 items of the sample; recall at a fixed shortlist falls as items are added" in said
-    assert "left out of the fit, 4,000 items were predicted within" in said
+    assert "on the 2,000 items of the sample; recall at a fixed shortlist falls as items are added" in said
+    assert "left out of the fit, 2,000 items were predicted within" in said
     assert "dimensions: a float32 prefix of" in said
 
 
@@ -156,14 +156,14 @@ def test_growth_is_said(plans):
         ({"vectors": np.full((300, 64), np.nan)}, r"vectors \(a sample\): row 0 holds NaN"),
         ({"vectors": np.ones((30, 64))}, "30 vectors are too few to plan for k=10"),
         ({"vectors": np.ones(64)}, r"vectors: expected \(N, D\) numbers, got shape \(64,\)"),
-        ({"k": 5000}, "4000 vectors are too few to plan for k=5000"),
+        ({"k": 5000}, "2000 vectors are too few to plan for k=5000"),
         ({"k": 0}, "k must be an integer of at least 1"),
         ({"recall": 1}, "recall must be a number between 0 and 1, got 1"),
         ({"recall": 0.99999}, "queries cannot show recall >= 0.99999"),
         ({"memory": "1kB"}, r"memory 1 kB is below the floor: the smallest code, .* takes \d+ bytes? an item"),
         ({"widths": [0]}, r"width 0 is outside 1\.\.64"),
         ({"widths": [128]}, r"width 128 is outside 1\.\.64"),
-        ({"items": 100}, "items is 100 but 4,000 vectors were given"),
+        ({"items": 100}, "items is 100 but 2,000 vectors were given"),
         ({"latency": "fast"}, "latency must be a number above 0"),
         ({"budget": 0}, "budget must be a number above 0"),
     ],
