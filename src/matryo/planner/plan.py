@@ -32,6 +32,8 @@ MOST = 131_072
 """Items of the largest sample."""
 SHARE = 0.75
 """Of the budget is spent; the rest is for what was under way, and for the page."""
+GROWING = 0.5
+"""Of the budget is for growing samples; what is between the two is for the promises."""
 KEPT = 6
 """Plans that go on to the next size at least."""
 SLOWER = 1.15
