@@ -40,10 +40,10 @@ class Documents:
         self.path = records.one_of(path, "corpus") if path.is_dir() else path
         self.model, self.metadata, self.rows = model, metadata, 0
         self.table = None if path.suffix in ALONE else self.path
-        if (model is None) == (vectors is None):
-            raise InputError("give --model to encode the documents, or --vectors that are ready, one of the two")
         if self.table is None and (metadata or vectors != path):
             raise InputError(f"{path} holds vectors and nothing else; give a table of documents and --vectors {path}")
+        if (model is None) == (vectors is None):
+            raise InputError("give --model to encode the documents, or --vectors that are ready, one of the two")
         self.vectors: VectorStream | None = None if vectors is None else open_vectors(vectors)
         self.left: list[str] = []
         """Ids of documents that were left out as there is nothing to encode, the first of them."""

@@ -172,14 +172,15 @@ def _matrix(path: Path, column: Any, first: int) -> NDArray[Any]:
     """(N, D) numbers of a column of lists, which must be equally long and without nulls."""
     import pyarrow.compute
 
-    lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
-    bad = np.flatnonzero(~(lengths == lengths[0]))  # a null's length is NaN, which equals nothing
+    lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+    bad = np.flatnonzero((lengths != lengths[0]) | (lengths < 1))
     flat = column.flatten()
-    if len(bad) or flat.null_count:
-        row = first + 1 + int(bad[0]) if len(bad) else first + 1
-        what = "nulls" if flat.null_count else f"{lengths[bad[0]]} of them"
-        raise InputError(
-            f"{path} line {row}: 'vector' must be a list of as many numbers in every row, got {what} here or after"
-        )
+    if not len(bad) and flat.null_count:
+        bad = np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False)) // lengths[0]
+    if len(bad):
+        length = lengths[bad[0]]
+        what = "nothing" if length < 0 else f"{length} of them" if not flat.null_count else "a null among them"
+        line = first + 1 + int(bad[0])
+        raise InputError(f"{path} line {line}: 'vector' must be a list of as many numbers in every row, got {what}")
     numbers: NDArray[Any] = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
     return numbers
