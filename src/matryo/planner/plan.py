@@ -30,9 +30,11 @@ FIRST = 2048
 """Items of the smallest sample, at most an eighth of all."""
 MOST = 131_072
 """Items of the largest sample."""
-SHARE = 0.75
+GROWTH = 4
+"""Ratio of neighbouring sample sizes."""
+SHARE = 0.8
 """Of the budget is spent; the rest is for what was under way, and for the page."""
-GROWING = 0.5
+GROWING = 0.55
 """Of the budget is for growing samples; what is between the two is for the promises."""
 KEPT = 6
 """Plans that go on to the next size at least."""
@@ -40,6 +42,8 @@ SLOWER = 1.15
 """Within this factor of the quickest the fewest bytes win: less is noise."""
 BEATEN = 1.5
 """A plan is dropped early when one with no more bytes is expected to be this many times quicker at the size to come."""
+BEATEN_AT_FIRST = 2.5
+"""The same after the first sample, where what grows cannot be told yet."""
 
 
 def plan(
@@ -103,7 +107,7 @@ def plan(
             rows,
             asked,
             target,
-            (started + SHARE * seconds / 2, started + SHARE * seconds),
+            (started + GROWING * seconds, started + SHARE * seconds),
             wanted,
             say or (lambda _: None),
         )
@@ -208,8 +212,8 @@ class _Run:
         self.started = len(contest)
         while alive:
             began = time.perf_counter()
-            # The next size takes about twice as long for each plan, and half of them are left.
-            if self.sizes and began + 1.5 * spent > self.deadline:
+            # The next size takes up to GROWTH times as long for each plan, much less while calls outweigh scans.
+            if self.sizes and began + 1.3 * spent * len(alive) / len(self.finished) > self.deadline:
                 break
             sample = Sample(self.folder / str(count), self.all_rows[:count], self.queries, self.target)
             done = self._one_size(sample, alive)
@@ -224,8 +228,8 @@ class _Run:
             if count == len(self.all_rows):
                 break
             alive = self._survivors()
-            # A last step of less than a half more would show nothing new.
-            count = 2 * count if 3 * count <= len(self.all_rows) else len(self.all_rows)
+            # A last step of little more would show nothing new.
+            count = GROWTH * count if 1.5 * GROWTH * count <= len(self.all_rows) else len(self.all_rows)
         if not self.sizes:
             raise InputError("the budget is too short to measure a single plan; give more seconds")
         self._promise()
@@ -238,7 +242,7 @@ class _Run:
                     self.reject(late, f"not measured at {sample.count:,} items: the budget was used up")
                 break
             try:
-                trial = sample.attempt(plan)
+                trial = sample.attempt(plan, self._expected(plan, sample.count))
             except InputError as error:
                 self.reject(plan, str(error))
                 continue
@@ -247,6 +251,13 @@ class _Run:
         for name, trial in done:
             self.history.setdefault(name, []).append(sample.measured(trial))
         return done
+
+    def _expected(self, plan: Plan, count: int) -> int | None:
+        """The shortlist to be expected at this size, from the sizes before."""
+        before = self.history.get(name_of(plan))
+        if not before:
+            return None
+        return predict(before, count, plan.stages[0].scan == "hnsw").keep if len(before) > 1 else 2 * before[-1].least
 
     def _promise(self) -> None:
         """What is left gets its promise from all queries, the least beaten first for as long as there is time."""
@@ -274,14 +285,12 @@ class _Run:
     def _survivors(self) -> list[Plan]:
         """The better half by how far each is beaten at the size to come, and all that are not clearly beaten.
 
-        From one size nobody can tell what grows: all go on to the second.
+        From one size nobody can tell what grows: only what is far behind plans of no more bytes is dropped then.
         """
-        if len(self.sizes) < 2:
-            return [trial.plan for _, trial in self.finished]
         costs = {name: self._cost(name, trial) for name, trial in self.finished}
         ranked = sorted(((*beaten(name, costs), name) for name in costs), key=lambda found: found[0])
-        stay = max(KEPT, len(ranked) // 2)
-        kept = {name for place, (ratio, _, name) in enumerate(ranked) if place < stay or ratio <= BEATEN}
+        stay, limit = (max(KEPT, len(ranked) // 2), BEATEN) if len(self.sizes) > 1 else (KEPT, BEATEN_AT_FIRST)
+        kept = {name for place, (ratio, _, name) in enumerate(ranked) if place < stay or ratio <= limit}
         for ratio, by, name in ranked:
             if name not in kept:
                 at = f"at {self.items:,} items" if self.items > self.sizes[-1] else "here"

@@ -20,7 +20,7 @@ Float32s = NDArray[np.float32]
 TIMED = 12
 """Queries timed at a time, after which the next plan takes its turn."""
 TURNS = 4
-FEW = 120
+FEW = 60
 """Queries that size a shortlist while plans are compared; all of them make the promise, at the end."""
 
 
@@ -67,20 +67,27 @@ class Sample:
         found = [np.count_nonzero(np.array(s) >= edge) for s, edge in zip(hits.scores, self.edges[:few], strict=True)]
         return np.asarray(found, dtype=np.float64) / self.target.k
 
-    def attempt(self, plan: Plan) -> Trial:
-        """The plan with the shortest shortlists that do for a few queries. InputError where none will."""
+    def attempt(self, plan: Plan, guess: int | None = None) -> Trial:
+        """The plan with the shortest shortlists that do for a few queries. InputError where none will.
+
+        `guess` is a first shortlist to begin the search at; a good one saves more than half of it.
+        """
         index = Index.open(self.folder, read_only=True)
         try:
             started = time.perf_counter()
             index.search(self.queries[0], self.target.k, plan=plan)
             build_s = time.perf_counter() - started
             ladder = ladder_of(plan, self.target.k, self.count, self.full)
-            low, high, best = -1, len(ladder), 0.0
+            low, high, best, stride = -1, len(ladder), 0.0, 1
+            middle = next((n for n, p in enumerate(ladder) if guess and (p.stages[0].keep or 0) >= guess), high // 2)
             while high - low > 1:
-                middle = (low + high) // 2
                 found = float(self.recalls(index, ladder[middle], FEW).mean())
                 best = max(best, found)
                 low, high = (low, middle) if found >= self.target.recall else (middle, high)
+                # From a guess in growing strides, and by halves once the answer lies between two rungs.
+                beyond = guess is not None and (low < 0 or high == len(ladder))
+                middle = (high - stride if low < 0 else low + stride) if beyond else (low + high) // 2
+                middle, stride = min(max(middle, low + 1), high - 1), 2 * stride
             if high == len(ladder):
                 raise InputError(f"reaches recall {best:.4f} with every item in its shortlist, on {self.count:,} items")
         except BaseException:
