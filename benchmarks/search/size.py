@@ -167,10 +167,9 @@ def main() -> None:
         # Beyond the last item: the same clusters, rows that are not in the index.
         more = synthetic(options.items + asked, options.width, options.seed, options.flatness)
         queries = next(more.read(asked, options.items))
-    plans = options.plan or [
-        f"{min(256, options.width)}:binary keep 500 > {options.width}:float32",
-        f"{min(128, options.width)}:int8 keep 100 > {options.width}:float32",
-    ]
+    # Twenty times the items are twenty times the rows between a query and its tenth neighbour: keep grows with them.
+    keep, width = max(500, options.items // 2000), options.width
+    plans = options.plan or [f"{min(256, width)}:binary keep {keep} > {width}:float32"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)) / "index"
         head = {"items": options.items, "width": options.width, "store": options.store, "vectors": stream.path.name,
