@@ -43,6 +43,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/startup/run.py --smoke
 	$(BIN)/python benchmarks/minilm/step.py --smoke
 	$(BIN)/python benchmarks/quantised/run.py --smoke
+	$(BIN)/python benchmarks/search/size.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
