@@ -25,6 +25,8 @@ EXTRAS = {
         "matplotlib",
     ),
     "lora": ("peft",),
+    "serve": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
+    "onnx": ("onnxruntime",),
     "eval": ("scikit-learn", "scipy", "matplotlib", "Jinja2"),
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "avx512_vpopcntdq", "asimd", "sve")

@@ -47,10 +47,20 @@ class StaticEncoder:
 
     def vectors(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> Float32s:
         """(N, D) means. A text without a single known token gives zeros, which the model refuses by position."""
-        out = np.zeros((len(texts), self.width), dtype=np.float32)
+        out = np.empty((len(texts), self.width), dtype=np.float32)
         for start in range(0, len(texts), 4096):
-            encodings = self.tokenizer.encode_batch_fast(list(texts[start : start + 4096]), add_special_tokens=False)
-            for n, encoding in enumerate(encodings, start=start):
-                if encoding.ids:
-                    np.mean(self.table[encoding.ids], axis=0, out=out[n])
+            chunk = texts[start : start + 4096]
+            out[start : start + len(chunk)] = self.means(self.tokens(chunk))
+        return out
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def means(self, ids: Sequence[list[int]]) -> Float32s:
+        """(N, D) means of the vectors of N lists of tokens, zeros for an empty list."""
+        out = np.zeros((len(ids), self.width), dtype=np.float32)
+        for n, tokens in enumerate(ids):
+            if tokens:
+                np.mean(self.table[tokens], axis=0, out=out[n])
         return out

@@ -1,0 +1,81 @@
+"""The application: one list of routes over one service."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from matryo.serving import about
+from matryo.serving.door import Endpoint, refusal
+from matryo.serving.embeddings import embeddings
+from matryo.serving.errors import ApiError, internal
+from matryo.serving.service import Service
+
+
+def routes(service: Service) -> list[Route]:
+    """Every path of the server. Health is open to all; anything that tells of the model or its load needs a key."""
+    return [
+        Route("/v1/embeddings", Endpoint(service, "embeddings", embeddings, reads=True, work=True), methods=["POST"]),
+        Route("/v1/models", Endpoint(service, "models", about.models), methods=["GET"]),
+        Route("/v1/models/{model:path}", Endpoint(service, "model", about.model), methods=["GET"]),
+        Route("/health", Endpoint(service, "health", about.health, scope=None), methods=["GET"]),
+        Route("/ready", Endpoint(service, "ready", about.ready, scope=None), methods=["GET"]),
+        Route("/metrics", Endpoint(service, "metrics", about.metrics), methods=["GET"]),
+    ]
+
+
+def create_app(service: Service, signals: bool = False) -> Starlette:
+    """The ASGI application of a service, which it starts and closes with its own lifespan.
+
+    Args:
+        signals: whether a signal to stop is to finish what was accepted first; for a process of one's own.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        if signals:
+            from matryo.serving.server import drain_on_signals
+
+            drain_on_signals(service)
+        try:
+            yield
+        finally:
+            await service.close()
+
+    origins = list(service.settings.cors)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+    )
+    return Starlette(
+        routes=routes(service),
+        middleware=[cors] if origins else [],
+        exception_handlers={HTTPException: _http_error, Exception: _bug},
+        lifespan=lifespan,
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """No such path, or not this method: the contract's shape for those too."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    if status == 405:
+        found = ApiError(405, "This path does not take that method.", code="method_not_allowed")
+    else:
+        found = ApiError(404, "No such path here; the API is under /v1.", code="not_found")
+    more = dict(getattr(error, "headers", None) or {})
+    answer = refusal(found)
+    return Response(answer.body, answer.status, {**answer.headers, **more}, answer.media)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    answer = refusal(internal("unnumbered"))
+    return Response(answer.body, answer.status, answer.headers, answer.media)
