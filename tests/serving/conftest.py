@@ -66,6 +66,12 @@ class InProcess:
 
 
 @pytest.fixture(scope="session")
+def in_process():
+    """`in_process(app)`: a client of an application whose lifespan somebody else runs."""
+    return InProcess
+
+
+@pytest.fixture(scope="session")
 def within():
     """`within(app_or_settings, body)`: run an async test body against an application whose lifespan is on."""
 

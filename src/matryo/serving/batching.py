@@ -245,7 +245,7 @@ class Batcher:
                 rows = await loop.run_in_executor(self._thread, self._encode, inputs)
             self.running_tokens = 0
             self._deliver(batch, rows, tokens, time.monotonic() - now)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # answers go out, and requests come in, between two batches
 
     def _encode(self, inputs: Sequence[Tokens]) -> list[Float32s | str]:
         """A row for each input, or what went wrong with it. An input is blamed only after failing alone."""
