@@ -259,7 +259,7 @@ class Batcher:
                 return [f"{type(error).__name__} in the model"]
             half = len(inputs) // 2
             return self._encode(inputs[:half]) + self._encode(inputs[half:])
-        sound: list[bool] = [bool(ok) for ok in np.isfinite(rows).all(axis=1)]
+        sound: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
         if all(sound):
             return list(rows)
         if len(inputs) == 1:
