@@ -87,16 +87,33 @@ def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: P
     return out
 
 
-def encoded(model: Any, options: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """set -> vectors of its two sides: first and second sentences, or queries and documents."""
-    found = {}
+def encoded(name: str, model: Any, options: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """set -> vectors of its two sides: first and second sentences, or queries and documents (blank ones all zeros).
+
+    Kept beside the models, so that a run that was interrupted does not encode twice.
+    """
+    sides: dict[str, tuple[list[str], list[str]]] = {}
     if options.sts:
         task = read_sts(options.sts)
-        found[task.name] = (model.encode(task.first), model.encode(task.second))
+        sides[task.name] = (task.first, task.second)
     for folder in options.retrieval:
-        sides = read_retrieval(folder, options.split)
-        found[sides.name] = (model.encode(sides.queries), model.encode(sides.documents))
-    return found
+        found = read_retrieval(folder, options.split)
+        sides[found.name] = (found.queries, found.documents)
+    vectors = {}
+    for task_name, texts in sides.items():
+        kept = options.work / f"{name}-{task_name}-{options.split}.npz"
+        if not kept.is_file():
+            both = []
+            for column in texts:
+                written = [n for n, text in enumerate(column) if text.strip()]
+                rows = np.zeros((len(column), model.width), np.float32)
+                rows[written] = model.encode([column[n] for n in written])
+                both.append(rows)
+            np.savez(kept, *both)
+        with np.load(kept, allow_pickle=False) as pair:
+            vectors[task_name] = (pair["arr_0"], pair["arr_1"])
+        print(f"{name}: {task_name} encoded", flush=True)
+    return vectors
 
 
 def scores(vectors: dict[str, Any], options: Any) -> dict[str, tuple[dict[int, float], dict[int, np.ndarray]]]:
@@ -163,7 +180,7 @@ def main() -> None:
     table = {}
     for name, folder in folders.items():
         model = mt.load(folder)
-        vectors = encoded(model, options)
+        vectors = encoded(name, model, options)
         table[name] = scores(vectors, options)
         if name == "un-nested":
             table["un-nested, PCA"] = scores(on_axes(model, pairs, vectors), options)
