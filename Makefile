@@ -43,7 +43,13 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/startup/run.py --smoke
 	$(BIN)/python benchmarks/minilm/step.py --smoke
 	$(BIN)/python benchmarks/quantised/run.py --smoke
+	$(BIN)/python benchmarks/search/run.py speed --smoke
+	$(BIN)/python benchmarks/search/run.py rivals --smoke
+	$(BIN)/python benchmarks/search/run.py growth --smoke
+	$(BIN)/python benchmarks/search/bandwidth.py --smoke
 	$(BIN)/python benchmarks/search/size.py --smoke
+	$(BIN)/python benchmarks/search/promise.py --smoke
+	$(BIN)/python benchmarks/search/predict.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py

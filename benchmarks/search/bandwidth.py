@@ -61,7 +61,8 @@ def measure(index: Index, stages: list[str], queries: np.ndarray, size: int) -> 
             print(f"{stage}: {error}", flush=True)
             continue
         took = [index.search(query, plan=plan, explain=True).explanation[0].milliseconds for query in queries]
-        held = index.stats()["codes"][stage] / items
+        codes = index.stats()["codes"]
+        held = next(size for name, size in codes.items() if name == stage or name.startswith(f"{stage} ")) / items
         bandwidth = read_bandwidth(size)
         speed = float(held * items / np.median(took) / 1e6)
         rows.append({"stage": stage, "items": items, "ms": round(float(np.median(took)), 3), "bytes": round(held, 1),
