@@ -7,7 +7,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/reference/cli.md"
 VERBS = ("", "train", "mine", "eval", "index", "index build", "index add", "index delete", "index stats", "index check",
-         "index compact", "search", "serve", "key", "demo", "doctor")  # fmt: skip
+         "index compact", "search", "export", "serve", "key", "demo", "doctor")  # fmt: skip
 
 
 def page() -> str:

@@ -20,7 +20,7 @@ PUBLIC = {
     "truncate",
 }
 HEAVY = ["torch", "transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "faiss", "pyarrow"]
-VERBS = [["train"], ["mine"], ["eval"], ["plan"], ["search"], ["serve"], ["key"], ["demo"], ["doctor"]]
+VERBS = [["train"], ["mine"], ["eval"], ["plan"], ["search"], ["export"], ["serve"], ["key"], ["demo"], ["doctor"]]
 VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact", "calibrate")]
 
 LOOK = """

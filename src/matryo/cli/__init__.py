@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from matryo.cli import demo, doctor, index, measure, mine, plan, serve, train
+from matryo.cli import demo, doctor, export, index, measure, mine, plan, serve, train
 from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
@@ -23,6 +23,7 @@ mine.add(app)
 measure.add(app)
 plan.add(app)
 index.add(app)
+export.add(app)
 serve.add(app)
 demo.add(app)
 doctor.add(app)

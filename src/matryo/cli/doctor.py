@@ -26,7 +26,8 @@ EXTRAS = {
     ),
     "lora": ("peft",),
     "serve": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "onnx"),
+    "openvino": ("openvino",),
     "eval": ("scikit-learn", "scipy", "matplotlib", "Jinja2"),
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "avx512_vpopcntdq", "asimd", "sve")

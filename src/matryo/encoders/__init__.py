@@ -7,15 +7,15 @@ from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.encoders.model import Card, Encoder, Model
 
-__all__ = ["Card", "Encoder", "Model", "load"]
+__all__ = ["Card", "Encoder", "Model", "load", "model_of"]
 
 
 def load(name: str | Path, device: str | None = None) -> Model:
     """Load a model by name.
 
     Args:
-        name: a Matryo model folder, any sentence-transformers folder or hub name, or "toy". A folder of a static model
-            loads without torch; anything else needs the `train` extra.
+        name: a Matryo model folder, any sentence-transformers folder or hub name, an export to ONNX, or "toy". Static
+            models and exports load without torch; anything else needs the `train` extra.
         device: where torch runs it ("cpu", "cuda", ...); torch's choice by default.
 
     Raises:
@@ -31,22 +31,26 @@ def load(name: str | Path, device: str | None = None) -> Model:
     if folder.is_dir():
         from matryo.encoders.folder import module_folder, module_types, read_card
 
+        if (folder / "onnx.json").is_file():
+            from matryo.encoders.onnx import OnnxEncoder
+
+            return model_of(OnnxEncoder.load(folder), read_card(folder), folder)
         types = module_types(folder)
         card = read_card(folder)
         if len(types) == 1 and types[0].endswith(".StaticEmbedding"):
             from matryo.encoders.static import StaticEncoder
 
-            return _model(StaticEncoder.load(module_folder(folder)), card, folder)
+            return model_of(StaticEncoder.load(module_folder(folder)), card, folder)
     elif isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(f"no such model folder: {name}")
     else:
         card = Card(text)
     from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 
-    return _model(SentenceTransformerEncoder.load(text, device), card, folder)
+    return model_of(SentenceTransformerEncoder.load(text, device), card, folder)
 
 
-def _model(encoder: Encoder, card: Card, folder: Path) -> Model:
+def model_of(encoder: Encoder, card: Card, folder: Path) -> Model:
     """A model; widths that a foreign folder merely declares often leave out the full one, which is added."""
     if card.nesting is not None and not (folder / "matryo.json").is_file():
         inside = [width for width in card.nesting.widths if width < encoder.width]

@@ -145,10 +145,16 @@ def _json(path: Path) -> Any:
 
 
 def fingerprint(name: str) -> dict[str, str]:
-    """A digest of everything in a model folder that decides its vectors; nothing for a model known by name alone."""
+    """A digest of everything in a model folder that decides its vectors; nothing for a model known by name alone.
+
+    An export at full precision has the digest of the model it came from, as it gives the same vectors.
+    """
     folder = Path(name)
     if not folder.is_dir():
         return {}
+    exported = _json(folder / "onnx.json") or {}
+    if exported.get("precision") == "fp32" and "blake2b" in exported.get("source", {}):
+        return {"blake2b": str(exported["source"]["blake2b"])}
     whole = hashlib.blake2b(digest_size=16)
     kinds = (".safetensors", ".json", ".txt", ".model")
     for path in sorted(p for p in folder.rglob("*") if p.suffix in kinds and "checkpoints" not in p.parts):

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matryo.core.errors import InputError
-from matryo.encoders import Card, Model, load
-from matryo.encoders.folder import fingerprint
+from matryo.encoders import Card, Model, load, model_of
+from matryo.encoders.folder import fingerprint, read_card
+from matryo.encoders.onnx import OnnxEncoder
+from matryo.encoders.static import StaticEncoder
 
 Float32s = NDArray[np.float32]
 Ids = list[int]
@@ -76,6 +78,31 @@ class StaticEngine:
         return means
 
 
+class OnnxEngine:
+    """An exported transformer: onnxruntime or OpenVINO, tokenizers and numpy."""
+
+    pads = True
+    inline_tokens = 0
+
+    def __init__(self, encoder: Any, name: str) -> None:
+        self._encoder, self.name = encoder, name
+        self.width: int = encoder.width
+        self.max_tokens: int | None = encoder.about.max_tokens
+        self.vocabulary: int | None = encoder.tokenizer.get_vocab_size()
+
+    def tokens(self, texts: Sequence[str]) -> list[Ids]:
+        found: list[Ids] = self._encoder.tokens(texts)
+        return found
+
+    def cut(self, ids: Ids, length: int) -> Ids:
+        cut: Ids = self._encoder.cut(ids, length)
+        return cut
+
+    def vectors(self, batch: Sequence[Tokens]) -> Float32s:
+        rows: Float32s = self._encoder.rows([one.ids for one in batch])
+        return rows
+
+
 class PlainEngine:
     """Any encoder of texts behind `matryo.load`, its tokens counted by its own tokeniser. The slow, faithful way."""
 
@@ -84,16 +111,17 @@ class PlainEngine:
     vocabulary: int | None = None
 
     def __init__(self, model: Model) -> None:
-        inner = getattr(model.encoder, "model", None)
-        self._encoder, self._tokenizer = model.encoder, getattr(inner, "tokenizer", None)
-        self.name = "torch" if inner is not None else "toy"
+        self._encoder, self._inner = model.encoder, getattr(model.encoder, "model", None)
+        self.name = "toy" if self._inner is None else "torch"
         self.width = model.width
-        self.max_tokens: int | None = getattr(inner, "max_seq_length", None)
+        self.max_tokens: int | None = getattr(self._inner, "max_seq_length", None)
+        if self._inner is not None:
+            self._inner.default_prompt_name = None  # texts come with their prompt in front
 
     def tokens(self, texts: Sequence[str]) -> list[Ids]:
-        if self._tokenizer is None:  # the toy's tokens are words, and nobody looks at their numbers
-            return [[0] * len(text.split()) for text in texts]
-        found: list[Ids] = self._tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        if self._inner is None:  # the toy's tokens are words, told apart by nothing but themselves
+            return [list(text.lower().encode()) for text in texts]
+        found: list[Ids] = self._inner.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return found
 
     def cut(self, ids: Ids, length: int) -> Ids:
@@ -125,22 +153,45 @@ def choose(name: str, backend: str, threads: int) -> Choice:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # requests run side by side, not one on all processors
     folder = Path(name)
-    from matryo.encoders.static import StaticEncoder
-
-    if backend in ("openvino",) or (backend == "onnx"):
-        raise InputError(f"{name} is no ONNX export")
+    if (folder / "onnx.json").is_file():
+        return _exported(folder, backend, threads)
+    if backend in ("onnx", "openvino"):
+        raise InputError(f"{name} is no export; make one with: matryo export {name} --onnx FOLDER, and serve that")
     model = load(name)
+    digest = fingerprint(name).get("blake2b")
     if isinstance(model.encoder, StaticEncoder):
         if backend not in ("auto", "static"):
-            raise InputError(
-                f"{name} is a static model; it runs on numpy alone: give --backend static, or leave it out"
-            )
-        engine: Engine = StaticEngine(model.encoder)
+            raise InputError(f"{name} is a static model, which needs numpy alone: leave --backend out, or give static")
         reason = "a static model needs numpy and its tokeniser only"
-    elif backend == "static":
+        return Choice(StaticEngine(model.encoder), model.card, {}, "", reason, digest)
+    if backend == "static":
         raise InputError(f"{name} is not a static model; leave --backend out for the right one")
-    else:
-        engine = PlainEngine(model)
-        reason = "the toy model" if engine.name == "toy" else "no ONNX export"
-    digest = fingerprint(str(folder)).get("blake2b")
-    return Choice(engine, model.card, {}, "", reason, digest)
+    inner = getattr(model.encoder, "model", None)
+    prompts = {} if inner is None else dict(inner.prompts)
+    default = "" if inner is None else prompts.get(inner.default_prompt_name or "", "")
+    engine = PlainEngine(model)
+    if engine.name == "torch":
+        _torch_threads(threads)
+    reason = {"auto": "not exported; 'matryo export MODEL --onnx FOLDER' makes it several times cheaper"}.get(
+        backend, "as asked"
+    )
+    return Choice(engine, model.card, prompts, default, reason, digest)
+
+
+def _exported(folder: Path, backend: str, threads: int) -> Choice:
+    if backend not in ("auto", "onnx", "openvino"):
+        raise InputError(f"{folder} is an export for onnxruntime or OpenVINO; --backend {backend} cannot run it")
+    runtime = "openvino" if backend == "openvino" else "onnxruntime"
+    encoder = OnnxEncoder.load(folder, threads=threads, runtime=runtime)
+    about = encoder.about
+    engine = OnnxEngine(encoder, "openvino" if backend == "openvino" else "onnx")
+    reason = "as asked" if backend != "auto" else f"an export ({about.precision}) runs on onnxruntime, without torch"
+    default = about.prompts.get(about.default_prompt or "", "")
+    card = model_of(encoder, read_card(folder), folder).card
+    return Choice(engine, card, about.prompts, default, reason, fingerprint(str(folder)).get("blake2b"))
+
+
+def _torch_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
