@@ -23,12 +23,9 @@ def serve(settings: Settings) -> None:
 def create_app(settings: Settings) -> "Starlette":
     """The ASGI application, for a server or a test of one's own. Its lifespan has to be run."""
     _insist()
-    from matryo.serving.app import create_app as made
-    from matryo.serving.engines import choose
-    from matryo.serving.machine import threads_for
-    from matryo.serving.service import Service
+    from matryo.serving import app
 
-    return made(Service(settings, choose(settings.model, settings.backend, settings.threads or threads_for(1))))
+    return app.create_app(app.open_service(settings))
 
 
 def _insist() -> None:

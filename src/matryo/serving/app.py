@@ -1,5 +1,6 @@
 """The application: one list of routes over one service."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,18 +15,35 @@ from starlette.routing import Route
 from matryo.serving import about
 from matryo.serving.door import Endpoint, refusal
 from matryo.serving.embeddings import embeddings
+from matryo.serving.engines import choose
 from matryo.serving.errors import ApiError, internal
+from matryo.serving.machine import threads_for
+from matryo.serving.openapi import openapi
+from matryo.serving.search import Searcher, search
 from matryo.serving.service import Service
+from matryo.serving.settings import Settings
+
+log = logging.getLogger("matryo.serving")
+
+
+def open_service(settings: Settings) -> Service:
+    """The model, the index and the keys that the settings name, opened and checked against each other."""
+    threads = settings.threads or threads_for(settings.workers)
+    choice = choose(settings.model, settings.backend, threads)
+    log.info("backend", extra={"fields": {"backend": choice.engine.name, "because": choice.reason, "threads": threads}})
+    return Service(settings, choice, Searcher(settings.index, choice) if settings.index else None)
 
 
 def routes(service: Service) -> list[Route]:
     """Every path of the server. Health is open to all; anything that tells of the model or its load needs a key."""
     return [
         Route("/v1/embeddings", Endpoint(service, "embeddings", embeddings, reads=True, work=True), methods=["POST"]),
+        Route("/v1/search", Endpoint(service, "search", search, reads=True, work=True), methods=["POST"]),
         Route("/v1/models", Endpoint(service, "models", about.models), methods=["GET"]),
         Route("/v1/models/{model:path}", Endpoint(service, "model", about.model), methods=["GET"]),
         Route("/health", Endpoint(service, "health", about.health, scope=None), methods=["GET"]),
         Route("/ready", Endpoint(service, "ready", about.ready, scope=None), methods=["GET"]),
+        Route("/openapi.json", Endpoint(service, "openapi", openapi), methods=["GET"]),
         Route("/metrics", Endpoint(service, "metrics", about.metrics), methods=["GET"]),
     ]
 

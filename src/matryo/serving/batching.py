@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,8 +260,8 @@ class Batcher:
                 return [f"{type(error).__name__} in the model"]
             half = len(inputs) // 2
             return self._encode(inputs[:half]) + self._encode(inputs[half:])
-        sound: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
-        if all(sound):
+        sound: Any = np.isfinite(rows).all(axis=1)
+        if sound.all():
             return list(rows)
         if len(inputs) == 1:
             return ["NaN or Inf from the model"]

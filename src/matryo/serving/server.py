@@ -17,12 +17,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from matryo.core.errors import InputError
-from matryo.serving.app import create_app
+from matryo.serving.app import create_app, open_service
 from matryo.serving.door import refusal
-from matryo.serving.engines import choose
 from matryo.serving.errors import ApiError
 from matryo.serving.logs import log_to
-from matryo.serving.machine import threads_for
 from matryo.serving.service import Service
 from matryo.serving.settings import Settings
 
@@ -42,12 +40,15 @@ def serve(settings: Settings) -> None:
     """
     log_to()
     if settings.workers == 1:
-        server = uvicorn.Server(_config(settings, create_app(_service(settings), signals=True)))
+        server = uvicorn.Server(_config(settings, create_app(open_service(settings), signals=True)))
         opened = _bound(settings)
         _say_where(opened)
         server.run(sockets=[opened])
         return
-    _service(settings)  # what is wrong with the settings is the user's to read, not a dead worker's
+    tried = open_service(settings)  # what is wrong with the settings is the user's to read, not a dead worker's
+    if tried.searcher is not None:
+        tried.searcher.close()
+    del tried
     os.environ[HANDED_ON] = settings.to_json()
     counters = tempfile.mkdtemp(prefix="matryo-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters
@@ -62,14 +63,7 @@ def serve(settings: Settings) -> None:
 def worker() -> Starlette:
     """The application of one worker process, from the settings its parent left in the environment."""
     log_to()
-    return create_app(_service(Settings.from_json(os.environ[HANDED_ON])), signals=True)
-
-
-def _service(settings: Settings) -> Service:
-    threads = settings.threads or threads_for(settings.workers)
-    choice = choose(settings.model, settings.backend, threads)
-    log.info("backend", extra={"fields": {"backend": choice.engine.name, "because": choice.reason, "threads": threads}})
-    return Service(settings, choice)
+    return create_app(open_service(Settings.from_json(os.environ[HANDED_ON])), signals=True)
 
 
 def _config(settings: Settings, app: Starlette | str) -> uvicorn.Config:

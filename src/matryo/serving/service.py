@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from matryo.serving.fields import Allowed
 from matryo.serving.keys import Key, Keys, read_keys
 from matryo.serving.metrics import Metrics
 from matryo.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from matryo.serving.search import Searcher
 
 Float32s = NDArray[np.float32]
 Message = MutableMapping[str, Any]
@@ -57,7 +60,8 @@ class Call:
 class Service:
     """One model being served. Made before the event loop; `start` and `close` run inside it."""
 
-    def __init__(self, settings: Settings, choice: Choice) -> None:
+    def __init__(self, settings: Settings, choice: Choice, searcher: "Searcher | None" = None) -> None:
+        self.searcher = searcher
         self.settings, self.choice = settings, choice
         self.engine, self.card = choice.engine, choice.card
         nesting = self.card.nesting
@@ -97,6 +101,8 @@ class Service:
         """Let the batch that runs finish and stop."""
         await self.batcher.close()
         self._tokeniser.shutdown(wait=False)
+        if self.searcher is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.searcher.close)
 
     async def tokens(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
         """Texts with their prompt put in front, as the model's tokens."""

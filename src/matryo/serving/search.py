@@ -1,0 +1,175 @@
+"""`POST /v1/search`: texts in, items of an index out, coarse to fine."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.errors import InputError
+from matryo.core.plan import Plan
+from matryo.index import Hits, Index
+from matryo.index.where import compile_where
+from matryo.serving.door import Answer, as_json
+from matryo.serving.engines import Choice
+from matryo.serving.errors import ApiError, invalid
+from matryo.serving.fields import (
+    Allowed,
+    Fields,
+    check_texts,
+    integer,
+    kind,
+    read_json,
+    read_model,
+    refuse_unknown,
+    text,
+)
+from matryo.serving.service import Call, Service
+
+FIELDS = frozenset({"model", "query", "k", "plan", "where", "explain", "user"})
+MOST_HITS = 1000
+MOST_CONDITIONS = 200
+MOST_WAITING = 256
+"""Searches that may wait for a thread; beyond, callers are told to come back."""
+THREADS = 2
+
+log = logging.getLogger("matryo.serving")
+
+
+class Searcher:
+    """An index open for reading, searched in threads of its own. New commits are seen at the next search."""
+
+    def __init__(self, folder: str, choice: Choice) -> None:
+        """Open it.
+
+        Raises:
+            InputError: no index there, or another model made its vectors. DamagedError: it cannot be read safely.
+        """
+        self.index = Index.open(folder, read_only=True)
+        try:
+            stats = self.index.stats()
+            _same_model(folder, stats, choice)
+        except BaseException:
+            self.index.close()
+            raise
+        self.plan = str(stats["plan"])
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="matryo-search")
+        self._waiting = 0
+
+    async def search(self, queries_QD: NDArray[np.float32], **options: Any) -> Hits:
+        """`Index.search` in a thread.
+
+        Raises:
+            ApiError: 400 for a plan that this index cannot run, 429 when too many searches wait.
+        """
+        if self._waiting >= MOST_WAITING:
+            raise ApiError(429, "Too many searches are waiting.", code="overloaded", retry_after=1)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: self.index.search(queries_QD, **options)
+            )
+        except InputError as error:
+            raise invalid("plan", str(error)) from error
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Let searches that run finish, and close the index."""
+        self._threads.shutdown()
+        self.index.close()
+
+
+def _same_model(folder: str, stats: dict[str, Any], choice: Choice) -> None:
+    """Vectors of another model would be searched without a word and find nothing; refuse them."""
+    recorded = stats["model"]
+    if stats["width"] != choice.engine.width:
+        raise InputError(
+            f"{folder} holds vectors of width {stats['width']} and the model gives {choice.engine.width}; serve the "
+            "model that made them"
+        )
+    if not recorded:
+        log.warning("the index does not say which model made its vectors", extra={"fields": {"index": folder}})
+    elif recorded.get("blake2b") != choice.digest:
+        raise InputError(
+            f"{folder} was built by another model ({recorded.get('name')}); serve that one, or build the index again"
+        )
+
+
+async def search(service: Service, call: Call) -> Answer:
+    """The best items for each query, with what each stage did if asked to explain."""
+    searcher = service.searcher
+    if searcher is None:
+        raise ApiError(404, "This server has no index; it was started without --index.", code="no_index")
+    fields = read_json(call.body)
+    texts, options = read_search(fields, service.allowed)
+    call.texts = texts
+    prompt = "query" if "query" in service.allowed.prompts else None
+    inputs = service.fitted(await service.tokens(texts, prompt), False, "query")
+    queries = await service.encode(call, inputs, service.engine.width, "query")
+    began = time.monotonic()
+    hits = await searcher.search(queries, **options)
+    call.timing["search"] = time.monotonic() - began
+    data = [{"object": "hits", "index": n, "hits": _listed(hits, n)} for n in range(len(hits))]
+    usage = {"prompt_tokens": call.tokens, "total_tokens": call.tokens}
+    model = fields.get("model") or service.allowed.names[0]
+    found = {"object": "list", "data": data, "model": model, "plan": options["plan"] or searcher.plan, "usage": usage}
+    if options["explain"]:
+        stages = [asdict(stage) for stage in hits.explanation or ()]
+        found |= {"explanation": stages, "promise": getattr(hits, "promise", None)}
+    return as_json(found)
+
+
+def read_search(fields: Fields, allowed: Allowed) -> tuple[list[str], dict[str, Any]]:
+    """Queries and what `Index.search` is to be told, all checked but what only the index knows."""
+    refuse_unknown(fields, FIELDS)
+    if fields.get("model") is not None:
+        read_model(fields, allowed)
+    text(fields, "user", None)
+    query = fields.get("query")
+    queries: Sequence[object] = [query] if isinstance(query, str) else query if isinstance(query, list) else ()
+    if not queries:
+        raise invalid("query", "The field 'query' is required: a text, or a list of texts.")
+    if len(queries) > allowed.max_inputs:
+        raise invalid("query", f"'query' has {len(queries)} entries; at most {allowed.max_inputs} are allowed.")
+    texts = check_texts(queries, "query")
+    k = 10 if fields.get("k") is None else integer("k", fields["k"], 1, MOST_HITS)
+    explain = fields.get("explain")
+    if explain is not None and not isinstance(explain, bool):
+        raise invalid("explain", f"'explain' must be true or false, got {kind(explain)}.")
+    plan, where = text(fields, "plan", None), fields.get("where")
+    try:
+        if plan is not None:
+            Plan.parse(plan)
+    except InputError as error:
+        raise invalid("plan", str(error)) from error
+    if where is not None:
+        _check_where(where)
+    return texts, {"k": k, "plan": plan, "where": where, "explain": bool(explain)}
+
+
+def _check_where(where: object) -> None:
+    if _conditions(where) > MOST_CONDITIONS:
+        raise invalid("where", f"'where' has more than {MOST_CONDITIONS} conditions; use \"in\" with a list of values.")
+    try:
+        compile_where(where)
+    except InputError as error:
+        raise invalid("where", str(error)) from error
+
+
+def _conditions(where: object) -> int:
+    if isinstance(where, dict):
+        return sum(map(_conditions, where.values())) or 1
+    if isinstance(where, list) and any(isinstance(one, dict) for one in where):
+        return sum(map(_conditions, where))
+    return 1
+
+
+def _listed(hits: Hits, n: int) -> list[dict[str, Any]]:
+    rows = zip(hits.ids[n], hits.scores[n], hits.documents[n], hits.metadata[n], strict=True)
+    return [{"id": key, "score": score, "document": words, "metadata": more} for key, score, words, more in rows]
