@@ -1,4 +1,4 @@
-"""The OpenAPI document of a server: what it takes and sends, with this model's widths and this server's limits in it."""
+"""The OpenAPI document of a server: what it takes and sends, with this model's widths and this server's limits."""
 
 from typing import Any
 
