@@ -214,7 +214,7 @@ def test_a_plan_is_measured_written_and_built_from(cli, tmp_path):
     np.save(tmp_path / "v.npy", (rng.standard_normal((600, 16)) * np.arange(1, 17) ** -0.7).astype(np.float32))
     np.save(tmp_path / "q.npy", (rng.standard_normal((200, 16)) * np.arange(1, 17) ** -0.7).astype(np.float32))
     out, page = tmp_path / "plan.yaml", tmp_path / "page.html"
-    line = ["plan", tmp_path / "v.npy", tmp_path / "q.npy", "--recall", 0.8, "--widths", "8", "--budget", "30s"]
+    line = ["plan", tmp_path / "v.npy", tmp_path / "q.npy", "--recall", 0.8, "--widths", "8", "--budget", "1h"]
     status, said, _ = cli(*line, "--items", "1k", "--out", out, "--report", page, "--json")
     assert status == 0
     found = json.loads(said)
