@@ -26,8 +26,10 @@ Float32s = NDArray[np.float32]
 
 FULL_ENOUGH = 0.9
 """Share of a padded batch that must be real tokens."""
-LARGEST_BATCH = 64
-"""Inputs in one run of a transformer. Beyond some 16 the processor gains nothing, and others wait longer."""
+LARGEST_BATCH = 16
+"""Inputs in one run of a transformer. More gain nothing on a processor, take memory, and let others wait longer."""
+UNPADDED_TOKENS = 16_384
+"""Tokens in one run of a model that pads nothing."""
 LONGEST_RETRY = 60
 
 log = logging.getLogger("matryo.serving")
@@ -203,7 +205,7 @@ class Batcher:
         for item in self._oldest:
             if item.waiting:
                 tokens += item.cost
-                if taken and tokens > self._batch_tokens * 4:
+                if taken and tokens > UNPADDED_TOKENS:
                     break
                 taken.append(item)
         return taken

@@ -48,8 +48,8 @@ class Settings:
     max_request_tokens: int = 300_000
     queue_tokens: int = 600_000
     """Tokens that may wait; beyond, requests are told to come back."""
-    batch_tokens: int = 4096
-    """Tokens, padding included, of one run of a transformer."""
+    batch_tokens: int = 1024
+    """Tokens, padding included, of one run of a transformer. More cost memory and gain nothing on a processor."""
     timeout: float = 30.0
     """Seconds a request may take before it is given up."""
     body_timeout: float = 15.0
