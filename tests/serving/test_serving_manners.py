@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import matryo as mt
 from matryo.core.errors import DamagedError, FormatError, InputError
 from matryo.core.prefix import Nesting
 from matryo.encoders import Card
@@ -152,7 +153,7 @@ def test_a_caller_who_leaves_takes_the_work_along(within, fragile):
         async def send(message):
             sent.append(message)
 
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost:8000")]
         scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers, "query_string": b""}
         task = asyncio.ensure_future(app(scope, receive, send))
         await asyncio.sleep(0.05)
@@ -335,6 +336,23 @@ def test_browsers_of_other_origins_get_nothing_by_default(within, fragile):
     within(fragile(cors=("https://page.example",)), opened)
 
 
+def test_without_keys_only_names_of_this_machine_are_answered_to(within, fragile, tmp_path):
+    """A page whose name was pointed at 127.0.0.1 is of the same origin to a browser."""
+    names = {"localhost": 200, "localhost:8000": 200, "127.0.0.1:80": 200, "[::1]:8000": 200, "evil.example:8000": 403}
+
+    async def guarded(here):
+        for name, status in names.items():
+            answer = await ask(here, "text", headers={"host": name})
+            assert answer.status_code == status, name
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+
+    async def open_to_all(here):
+        assert (await ask(here, "text", headers={"host": "evil.example"})).status_code == 200
+
+    within(fragile(), guarded)
+    within(fragile(insecure=True), open_to_all)
+
+
 @pytest.fixture
 def logged():
     """What this package logs, as JSON lines, while the test runs."""
@@ -483,3 +501,33 @@ def test_mistakes_are_said_before_the_port_opens(python, static_model, served):
         ran = python("-m", "matryo", "serve", *arguments)
         assert ran.returncode == 2
         assert said in ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_with_cancellations_swap_nothing(within, static_model):
+    """32 clients; every third request is given up at a random moment."""
+    model = mt.load(static_model)
+    words = list(model.encoder.tokenizer.get_vocab())
+    draw = np.random.default_rng(0)
+    answered = []
+
+    async def client(here, number):
+        for _ in range(313):
+            texts = [" ".join(draw.choice(words, 3)) for _ in range(draw.integers(1, 4))]
+            width = int(draw.integers(1, 49))
+            asked = here.post({"model": "words", "input": texts, "dimensions": width})
+            if draw.integers(3) == 0:
+                task = asyncio.ensure_future(asked)
+                await asyncio.sleep(float(draw.random()) * 0.002)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                continue
+            rows = [one["embedding"] for one in (await asked).json()["data"]]
+            np.testing.assert_allclose(rows, model.encode(texts, width=width), atol=1e-6)
+            answered.append(number)
+
+    async def body(here):
+        await asyncio.gather(*(client(here, number) for number in range(32)))
+
+    within(Settings(model=str(static_model), access_log=False), body)
+    assert len(answered) > 6000

@@ -74,12 +74,14 @@ def create_app(service: Service, signals: bool = False) -> Starlette:
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
     )
-    return Starlette(
+    app = Starlette(
         routes=routes(service),
         middleware=[cors] if origins else [],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

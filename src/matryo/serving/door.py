@@ -13,6 +13,7 @@ import orjson
 
 from matryo.serving.errors import ApiError, internal
 from matryo.serving.service import Call, ClientGoneError, Message, Service
+from matryo.serving.settings import loopback
 
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -93,6 +94,13 @@ class Endpoint:
             raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=1)
         if self.scope is not None and service.keys is not None:
             self._admit(call)
+        elif not service.settings.insecure and not names_loopback(call.headers.get(b"host", b"").decode("latin-1")):
+            raise ApiError(
+                403,
+                "Without keys this server answers to the names of its own machine only; call it as localhost, or start it "
+                "with --api-keys or --insecure.",
+                code="host_not_allowed",
+            )
         if self.reads:
             call.body = await self._read(call)
         return await self.handler(service, call)
@@ -154,6 +162,12 @@ class Endpoint:
         if service.settings.log_texts and call.texts is not None:
             fields["texts"] = list(call.texts)
         log.info("request", extra={"fields": fields})
+
+
+def names_loopback(host: str) -> bool:
+    """Whether a Host header names this machine. A page that points a name of its own at 127.0.0.1 is kept out so."""
+    name = host[1 : host.find("]")] if host.startswith("[") else host.rpartition(":")[0] or host
+    return loopback(name)
 
 
 async def _send(send: Send, call: Call, answer: Answer, close: bool) -> None:
