@@ -50,6 +50,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/search/size.py --smoke
 	$(BIN)/python benchmarks/search/promise.py --smoke
 	$(BIN)/python benchmarks/search/predict.py --smoke
+	$(BIN)/python benchmarks/serving/run.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py

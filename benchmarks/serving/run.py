@@ -3,10 +3,10 @@
     python benchmarks/serving/run.py [--smoke] [--infinity VENV]
 
 all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8
-to 200 tokens. A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them) likewise,
-and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on. Servers take turns in
-rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the median of the rounds.
-Processor time is the server's own, user and system, from /proc.
+to 200 tokens. A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them)
+likewise, and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on. Servers
+take turns in rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the median of the
+rounds. Processor time is the server's own, user and system, from /proc.
 `--infinity` is a virtual environment that has infinity-emb[server,torch]; without it that server is left out.
 """
 

@@ -33,4 +33,4 @@ found["litellm"] = [one["embedding"] for one in answer.data]
 
 for name in ("langchain", "llama_index", "litellm"):
     assert all(math.isclose(sum(x * x for x in row), 1, abs_tol=1e-4) for row in found[name])
-print(json.dumps(found))
+sys.stdout.write(json.dumps(found) + "\n")

@@ -428,6 +428,25 @@ def test_metrics_count_what_happened(within, fragile):
     within(fragile(), body)
 
 
+def test_traces_are_spans_without_texts(within, fragile, monkeypatch):
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from matryo.serving import app, tracing
+
+    kept = InMemorySpanExporter()
+    monkeypatch.setattr(app, "tracing", lambda: tracing.tracing(SimpleSpanProcessor(kept)))
+
+    async def body(here):
+        await ask(here, "private words")
+
+    within(fragile(traces=True), body)
+    (span,) = kept.get_finished_spans()
+    assert span.attributes["http.status_code"] == 200
+    assert span.resource.attributes["service.name"] == "matryo"
+    assert "private" not in span.to_json()
+
+
 def test_a_signal_lets_accepted_requests_finish(serve, static_model):
     one = serve(static_model)
     text = "game " * 140

@@ -28,6 +28,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
     "onnx": ("onnxruntime", "onnx"),
     "openvino": ("openvino",),
+    "otel": ("opentelemetry-sdk", "opentelemetry-instrumentation-asgi", "opentelemetry-exporter-otlp-proto-http"),
     "eval": ("scikit-learn", "scipy", "matplotlib", "Jinja2"),
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "avx512_vpopcntdq", "asimd", "sve")

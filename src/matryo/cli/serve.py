@@ -34,6 +34,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 4 << 20,
     access_log: Annotated[bool, typer.Option(help="A line of JSON per request.")] = True,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Put input texts into those lines.")] = False,
+    traces: Annotated[bool, typer.Option("--traces", help="Send OpenTelemetry traces; needs the otel extra.")] = False,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's /v1/embeddings and any width as 'dimensions'.
 
@@ -63,6 +64,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             access_log=access_log,
             log_texts=log_texts,
+            traces=traces,
         )
     )
 

@@ -22,6 +22,7 @@ from matryo.serving.openapi import openapi
 from matryo.serving.search import Searcher, search
 from matryo.serving.service import Service
 from matryo.serving.settings import Settings
+from matryo.serving.tracing import tracing
 
 log = logging.getLogger("matryo.serving")
 
@@ -76,7 +77,7 @@ def create_app(service: Service, signals: bool = False) -> Starlette:
     )
     app = Starlette(
         routes=routes(service),
-        middleware=[cors] if origins else [],
+        middleware=[*([tracing()] if service.settings.traces else []), *([cors] if origins else [])],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,
     )

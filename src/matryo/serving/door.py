@@ -97,8 +97,8 @@ class Endpoint:
         elif not service.settings.insecure and not names_loopback(call.headers.get(b"host", b"").decode("latin-1")):
             raise ApiError(
                 403,
-                "Without keys this server answers to the names of its own machine only; call it as localhost, or start it "
-                "with --api-keys or --insecure.",
+                "Without keys this server answers to the names of its own machine only; call it as localhost, or start "
+                "it with --api-keys or --insecure.",
                 code="host_not_allowed",
             )
         if self.reads:

@@ -61,7 +61,7 @@ class Settings:
     workers: int = 1
     access_log: bool = True
     log_texts: bool = False
-    telemetry: bool = False
+    traces: bool = False
     """Send OpenTelemetry traces where its environment variables say."""
 
     def __post_init__(self) -> None:
