@@ -207,6 +207,22 @@ def test_the_queue_is_bounded_in_time():
     batched(Fake(gate=gate), body, patience=4.0)
 
 
+def test_a_fault_of_the_server_itself_ends_no_later_request():
+    calls = []
+
+    def broken_once(*seen):
+        calls.append(seen)
+        if len(calls) == 1:
+            raise OSError("metrics' disk is full")
+
+    async def body(batcher):
+        with pytest.raises(EncodingError):
+            await rows(batcher, [1], [2, 2])
+        np.testing.assert_array_equal(await rows(batcher, [1]), [[1, 1]])
+
+    batched(Fake(), body, watch=Watch(broken_once))
+
+
 REQUESTS = st.lists(
     st.tuples(
         st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12)), min_size=1, max_size=4),

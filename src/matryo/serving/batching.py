@@ -247,7 +247,11 @@ class Batcher:
             else:
                 rows = await loop.run_in_executor(self._thread, self._encode, inputs)
             self.running_tokens = 0
-            self._deliver(batch, rows, tokens, time.monotonic() - now)
+            try:
+                self._deliver(batch, rows, tokens, time.monotonic() - now)
+            except Exception:  # whatever it is, nobody waits for ever and the next batch is run
+                log.exception("a batch could not be delivered")
+                self._give_up(batch)
             await asyncio.sleep(0)  # answers go out, and requests come in, between two batches
 
     def _encode(self, inputs: Sequence[Tokens]) -> list[Float32s | str]:
@@ -287,6 +291,12 @@ class Batcher:
                 job.missing -= 1
                 if not job.missing and not job.done.done():
                     job.done.set_result(None)
+
+    def _give_up(self, batch: list[_Item]) -> None:
+        for item in batch:
+            self._flying.pop(item.key, None)
+            for job, place in list(item.places):
+                self._fail(job, EncodingError(place, "not delivered"))
 
     def _fail(self, job: Job, error: EncodingError) -> None:
         if not job.done.done():

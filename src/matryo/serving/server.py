@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from contextlib import suppress
@@ -26,6 +27,8 @@ from matryo.serving.settings import Settings
 
 HANDED_ON = "MATRYO_SERVE"
 """Environment variable that hands the settings to worker processes."""
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep Python to itself while another waits: the event loop waits for searches otherwise."""
 HEADER_SECONDS = 15.0
 STALLED_SECONDS = 20.0
 
@@ -39,6 +42,7 @@ def serve(settings: Settings) -> None:
         InputError: and the other errors of `matryo.load`, of the keys, of the index; or the port cannot be had.
     """
     log_to()
+    sys.setswitchinterval(SWITCH_SECONDS)
     if settings.workers == 1:
         server = uvicorn.Server(_config(settings, create_app(open_service(settings), signals=True)))
         opened = _bound(settings)
@@ -63,6 +67,7 @@ def serve(settings: Settings) -> None:
 def worker() -> Starlette:
     """The application of one worker process, from the settings its parent left in the environment."""
     log_to()
+    sys.setswitchinterval(SWITCH_SECONDS)
     return create_app(open_service(Settings.from_json(os.environ[HANDED_ON])), signals=True)
 
 
