@@ -125,6 +125,23 @@ def test_a_short_budget_leaves_out_what_it_must_and_says_so(data, monkeypatch):
         mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget="1ms")
 
 
+def test_a_sample_that_time_ran_out_on_leaves_what_was_measured_before(data, monkeypatch):
+    from matryo.planner.plan import _Run
+
+    rows, queries = data
+    measure = _Run._one_size
+
+    def late(self, sample, alive):
+        if self.sizes:
+            self.deadline = -1.0
+        return measure(self, sample, alive)
+
+    monkeypatch.setattr(_Run, "_one_size", late)
+    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, widths=[32, 64], budget=3600)
+    assert found.facts["sizes"] == [250]
+    assert len(found.frontier) + len(found.rejected) == found.facts["candidates"]
+
+
 def test_files(plans, tmp_path):
     import yaml
 

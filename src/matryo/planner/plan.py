@@ -216,8 +216,11 @@ class _Run:
             if self.sizes and began + 1.3 * spent * len(alive) / len(self.finished) > self.deadline:
                 break
             sample = Sample(self.folder / str(count), self.all_rows[:count], self.queries, self.target)
+            known = len(self.rejected)
             done = self._one_size(sample, alive)
             if not done:
+                # What was measured at the size before stands.
+                del self.rejected[known if self.sizes else len(self.rejected) :]
                 break
             for _, trial in self.finished:
                 trial.index.close()

@@ -111,7 +111,8 @@ class TrainConfig(_Checked):
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     rotate: bool = Field(
-        False, description="Turn the base's vectors to their principal axes first, so that prefixes start as PCA."
+        False,
+        description="Turn the base's vectors to their principal axes first; for data of one kind, see docs/log.md.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
     head_learning_rate: float | None = Field(
