@@ -1,4 +1,4 @@
-"""What every benchmark needs: rows with machine, versions and seed; a child process's peak memory."""
+"""What every benchmark needs: rows with machine, versions and seed; peak memory; vectors that look like a model's."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def machine() -> dict[str, Any]:
@@ -31,6 +33,24 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     where = machine()
     path.write_text("".join(json.dumps({**row, **where}) + "\n" for row in rows))
+
+
+def synthetic(items: int, queries: int, width: int, seed: int, flatness: float = 0.35) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows with the spectrum of nested embeddings: 2,000 clusters, deviation falling like i^-flatness."""
+    rng = np.random.default_rng(seed)
+    scale = (np.arange(1, width + 1, dtype=np.float32) ** -np.float32(flatness)).astype(np.float32)
+    centres = rng.standard_normal((2000, width), dtype=np.float32)
+
+    def draw(n: int) -> np.ndarray:
+        out = np.empty((n, width), np.float32)
+        for start in range(0, n, 20000):
+            part = out[start : start + 20000]
+            which = rng.integers(0, len(centres), len(part))
+            part[:] = (centres[which] + rng.standard_normal(part.shape, dtype=np.float32)) * scale
+            part /= np.linalg.norm(part, axis=1, keepdims=True)
+        return out
+
+    return draw(items), draw(queries)
 
 
 def peak_bytes() -> int:

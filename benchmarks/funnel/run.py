@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import sqlite3
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,34 +29,18 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
+import faiss
+import numpy as np
 
-import matryo  # noqa: E402
-from matryo.core.records import rows as table_rows  # noqa: E402
-from matryo.index import Index  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import matryo
+from common import synthetic
+from matryo.core.records import rows as table_rows
+from matryo.index import Index
 
 HERE = Path(__file__).parent
 K = 10
 TURN = 20
-
-
-def synthetic(items: int, queries: int, width: int, seed: int, flatness: float) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows with the spectrum of nested embeddings: 2,000 clusters, deviation falling like i^-flatness."""
-    rng = np.random.default_rng(seed)
-    scale = (np.arange(1, width + 1, dtype=np.float32) ** -np.float32(flatness)).astype(np.float32)
-    centres = rng.standard_normal((2000, width), dtype=np.float32)
-
-    def draw(n: int) -> np.ndarray:
-        out = np.empty((n, width), np.float32)
-        for start in range(0, n, 20000):
-            part = out[start : start + 20000]
-            which = rng.integers(0, len(centres), len(part))
-            part[:] = (centres[which] + rng.standard_normal(part.shape, dtype=np.float32)) * scale
-            part /= np.linalg.norm(part, axis=1, keepdims=True)
-        return out
-
-    return draw(items), draw(queries)
 
 
 def given(path: Path, items: int, queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,15 +20,15 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
+import faiss
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from run import build, load  # noqa: E402
+from run import build, load
 
-from common import save  # noqa: E402
-from matryo.core.errors import MatryoError  # noqa: E402
-from matryo.index import Index  # noqa: E402
+from common import save
+from matryo.core.errors import MatryoError
+from matryo.index import Index
 
 STAGES = [
     "64:binary", "128:binary", "256:binary", "512:binary", "16:float32", "32:float32", "64:float32", "64:float16",

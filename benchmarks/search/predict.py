@@ -20,15 +20,14 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
+import faiss
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from run import synthetic  # noqa: E402
 
-import matryo as mt  # noqa: E402
-from common import save  # noqa: E402
+import matryo as mt
+from common import save, synthetic
 
 FACTOR, TURN, ROUNDS = 5, 15, 4
 

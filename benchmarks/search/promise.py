@@ -29,15 +29,15 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import matryo  # noqa: E402
-from common import save  # noqa: E402
-from matryo.core.plan import Plan  # noqa: E402
-from matryo.core.promise import needed, p_value, sizes  # noqa: E402
-from matryo.core.records import rows as table_rows  # noqa: E402
-from matryo.index import Index  # noqa: E402
+import matryo
+from common import save
+from matryo.core.plan import Plan
+from matryo.core.promise import needed, p_value, sizes
+from matryo.core.records import rows as table_rows
+from matryo.index import Index
 
 K, SPLITS, CONFIDENCE = 10, 200, 0.95
 BUNDLED = Path(matryo.__file__).parent / "demo" / "data" / "retrieval"

@@ -29,35 +29,17 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
+import faiss
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import save  # noqa: E402
-from matryo.index import Index  # noqa: E402
+from common import save, synthetic
+from matryo.index import Index
 
 K, TURN = 10, 20
 PLANS = ["512:binary keep 400 > 768:float32", "768:float32"]
 GRAPHS = [("faiss", 16), ("faiss", 32), ("usearch", 16), ("usearch", 32)]
 EFS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
-
-def synthetic(items: int, queries: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows with the spectrum of nested embeddings."""
-    rng = np.random.default_rng(seed)
-    scale = (np.arange(1, width + 1, dtype=np.float32) ** np.float32(-0.35)).astype(np.float32)
-    centres = rng.standard_normal((2000, width), dtype=np.float32)
-
-    def draw(n: int) -> np.ndarray:
-        out = np.empty((n, width), np.float32)
-        for start in range(0, n, 20000):
-            part = out[start : start + 20000]
-            which = rng.integers(0, len(centres), len(part))
-            part[:] = (centres[which] + rng.standard_normal(part.shape, dtype=np.float32)) * scale
-            part /= np.linalg.norm(part, axis=1, keepdims=True)
-        return out
-
-    return draw(items), draw(queries)
 
 
 def load(options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -121,6 +103,16 @@ def memory(index: Index, items: int) -> float:
     return round(sum(index.stats()["codes"].values()) / items, 1)
 
 
+def asked(index: Index, plan: str) -> Callable[[np.ndarray], list[str]]:
+    """Query to ids, by a plan."""
+    return lambda query: index.search(query, K, plan=plan).ids[0]
+
+
+def named(search: Callable[[np.ndarray, int], Any], ef: int) -> Callable[[np.ndarray], list[str]]:
+    """Query to ids, by a graph at one ef."""
+    return lambda query: [f"doc-{n}" for n in search(query, ef)]
+
+
 def flat(base: np.ndarray) -> Callable[[np.ndarray], Any]:
     exact = faiss.IndexFlatIP(base.shape[1])
     exact.add(base)
@@ -137,7 +129,7 @@ def speed(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str,
                 started = time.process_time()
                 index.search(queries[0], K, plan=plan)
                 derived = time.process_time() - started
-                search = lambda query, plan=plan, index=index: index.search(query, K, plan=plan).ids[0]  # noqa: E731
+                search = asked(index, plan)
                 row = summary(plan, list(turns(search, exact, queries, options.rounds)))
                 row |= {"bytes": memory(index, len(base)), "derive_s": round(derived, 1)}
             print(row, flush=True)
@@ -180,7 +172,7 @@ def rivals(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str
             found = [len(truth[n] & set(map(int, search(q, ef)))) / K for n, q in enumerate(queries[:half])]
             if np.mean(found) >= options.recall:
                 break
-        look = lambda query, ef=ef, search=search: [f"doc-{n}" for n in search(query, ef)]  # noqa: E731
+        look = named(search, ef)
         row = summary(f"{kind} HNSW M={links} ef={ef}", list(turns(look, exact, queries[half:], options.rounds)))
         row |= {"bytes": round(size, 1), "build_s": round(built, 1)}
         print(row, flush=True)
@@ -190,7 +182,7 @@ def rivals(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str
         with tempfile.TemporaryDirectory(dir=options.work) as temporary:
             built = build(Path(temporary) / "index", base, plan, options.store)
             with Index.open(Path(temporary) / "index", read_only=True) as index:
-                ours = lambda query, plan=plan, index=index: index.search(query, K, plan=plan).ids[0]  # noqa: E731
+                ours = asked(index, plan)
                 row = summary(plan, list(turns(ours, exact, queries[half:], options.rounds)))
                 row |= {"bytes": memory(index, len(base)), "build_s": round(built, 1)}
         print(row, flush=True)
@@ -206,7 +198,7 @@ def growth(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str
             with tempfile.TemporaryDirectory(dir=options.work) as temporary:
                 built = build(Path(temporary) / "index", part, plan, options.store)
                 with Index.open(Path(temporary) / "index", read_only=True) as index:
-                    ours = lambda query, plan=plan, index=index: index.search(query, K, plan=plan).ids[0]  # noqa: E731
+                    ours = asked(index, plan)
                     row = summary(plan, list(turns(ours, flat(part), queries, options.rounds)))
                     row |= {"bytes": memory(index, size), "build_s": round(built, 1), "items": size}
             print(row, flush=True)

@@ -24,13 +24,13 @@ from typing import Any
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
+import faiss
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import peak_bytes, reset_peak, save  # noqa: E402
-from matryo.core.streams import VectorStream, open_vectors  # noqa: E402
-from matryo.index import Batch, Index  # noqa: E402
+from common import peak_bytes, reset_peak, save
+from matryo.core.streams import VectorStream, open_vectors
+from matryo.index import Batch, Index
 
 K = 10
 CLUSTERS = 2000
