@@ -3,8 +3,9 @@
     python benchmarks/minilm/run.py --pairs general/train.jsonl.gz --retrieval FOLDER... --sts stsb_test.jsonl.gz
 
 Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings; only the widths
-differ, and with --rotate the axes that the nested one starts from. The pairs are a seeded sample of the file, the same number from each of its sources (fewer where a source has
-fewer), texts cut to a number of characters. A run that was interrupted goes on from its last checkpoint.
+differ, and with --rotate the axes that the nested one starts from. The pairs are a seeded sample of the file, the same
+number from each of its sources (fewer where a source has fewer), texts cut to a number of characters. A run that was
+interrupted goes on from its last checkpoint.
 
 Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of every retrieval folder, their mean, and
 nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
