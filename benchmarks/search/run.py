@@ -23,7 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from re import sub
+from shutil import rmtree
 from typing import Any
 
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -38,7 +41,7 @@ from matryo.index import Index
 
 K, TURN = 10, 20
 PLANS = ["512:binary keep 400 > 768:float32", "768:float32"]
-GRAPHS = [("faiss", 16), ("faiss", 32), ("usearch", 16), ("usearch", 32)]
+GRAPHS = ["faiss:16", "faiss:32", "usearch:16", "usearch:32"]
 EFS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -58,7 +61,7 @@ def build(folder: Path, base: np.ndarray, plan: str, store: str | None) -> float
         for at in range(0, len(base), 50000):
             numbers = range(at, min(at + 50000, len(base)))
             index.upsert([f"doc-{n}" for n in numbers], base[at : at + 50000], [f"Title of {n}" for n in numbers])
-        index.search(base[0], K)
+        index.prepare()
     return time.process_time() - start
 
 
@@ -121,13 +124,13 @@ def flat(base: np.ndarray) -> Callable[[np.ndarray], Any]:
 
 def speed(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str, Any]]:
     exact, rows = flat(base), []
-    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
-        folder = Path(temporary) / "index"
-        print(f"build {build(folder, base, options.plan[0], options.store):.1f} s of processor time", flush=True)
+    with work(options) as folder:
+        place, built = index_of(options, base, options.plan[0], folder)
+        print(f"build {built:.1f} s of processor time", flush=True)
         for plan in options.plan:
-            with Index.open(folder, read_only=True) as index:
+            with Index.open(place, read_only=True) as index:
                 started = time.process_time()
-                index.search(queries[0], K, plan=plan)
+                index.prepare(plan)
                 derived = time.process_time() - started
                 search = asked(index, plan)
                 row = summary(plan, list(turns(search, exact, queries, options.rounds)))
@@ -137,72 +140,128 @@ def speed(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str,
     return rows
 
 
-def graph(kind: str, links: int, base: np.ndarray) -> tuple[Callable[[np.ndarray, int], Any], float, float]:
-    """(search with ef, build seconds of processor time, bytes per item)."""
-    start = time.process_time()
-    if kind == "faiss":
-        made = faiss.IndexHNSWFlat(base.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+Search = Callable[[np.ndarray, int], Any]
+
+
+def faiss_graph(links: int, base: np.ndarray, file: Path, kind: str) -> tuple[Search, Callable[[], int]]:
+    """A full-width HNSW of faiss over float32 or int8 rows: (search with ef, bytes)."""
+    if not file.exists():
+        if kind == "faiss":
+            made = faiss.IndexHNSWFlat(base.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+        else:
+            made = faiss.IndexHNSWSQ(base.shape[1], faiss.ScalarQuantizer.QT_8bit, links, faiss.METRIC_INNER_PRODUCT)
+            made.train(base[:: max(1, len(base) // 65536)])
         made.hnsw.efConstruction = 128
         made.add(base)
-        size = len(faiss.serialize_index(made)) / len(base)
+        faiss.write_index(made, str(file))
+    else:
+        made = faiss.read_index(str(file))
 
-        def search(query: np.ndarray, ef: int) -> Any:
-            made.hnsw.efSearch = ef
-            return made.search(query[None], K)[1][0]
+    def search(query: np.ndarray, ef: int) -> Any:
+        made.hnsw.efSearch = ef
+        return made.search(query[None], K)[1][0]
 
-        return search, time.process_time() - start, size
+    return search, lambda: file.stat().st_size
+
+
+def usearch_graph(links: int, base: np.ndarray, file: Path) -> tuple[Search, Callable[[], int]]:
+    """A full-width HNSW of usearch over float32 rows: (search with ef, bytes)."""
     from usearch.index import Index as Graph
 
-    other = Graph(ndim=base.shape[1], metric="ip", dtype="f32", connectivity=links, expansion_add=128)
-    other.add(np.arange(len(base)), base, threads=1)
+    made = Graph(ndim=base.shape[1], metric="ip", dtype="f32", connectivity=links, expansion_add=128)
+    if not file.exists():
+        made.add(np.arange(len(base)), base, threads=1)
+        made.save(str(file))
+    else:
+        made.load(str(file))
 
-    def look(query: np.ndarray, ef: int) -> Any:
-        other.expansion_search = ef
-        return other.search(query, K, threads=1).keys
+    def search(query: np.ndarray, ef: int) -> Any:
+        made.expansion_search = ef
+        return made.search(query, K, threads=1).keys
 
-    return look, time.process_time() - start, other.memory_usage / len(base)
+    return search, lambda: file.stat().st_size
+
+
+def graph(kind: str, links: int, base: np.ndarray, folder: Path) -> tuple[Search, float, float]:
+    """(search with ef, build seconds of processor time, bytes per item); from the folder where it was built before."""
+    file, noted = folder / f"{kind}-{links}-{len(base)}", folder / f"{kind}-{links}-{len(base)}.json"
+    start = time.process_time()
+    made = usearch_graph(links, base, file) if kind == "usearch" else faiss_graph(links, base, file, kind)
+    if not noted.exists():
+        noted.write_text(json.dumps({"build_s": time.process_time() - start}))
+    return made[0], json.loads(noted.read_text())["build_s"], made[1]() / len(base)
+
+
+def index_of(options: Any, base: np.ndarray, plan: str, folder: Path) -> tuple[Path, float]:
+    """(folder of an index with this plan, its build seconds of processor time); one that is there is used again."""
+    place = folder / f"index-{len(base)}-{sub('[^a-zA-Z0-9]+', '-', plan)}"
+    noted = place.with_suffix(".json")
+    if not noted.exists():
+        rmtree(place, ignore_errors=True)
+        noted.write_text(json.dumps({"build_s": build(place, base, plan, options.store)}))
+    return place, json.loads(noted.read_text())["build_s"]
+
+
+@contextmanager
+def work(options: Any) -> Iterator[Path]:
+    """The folder for what is built: the one that was named, which is kept, or a temporary one."""
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        yield options.work
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def rivals(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str, Any]]:
-    exact, half, rows = flat(base), len(queries) // 2, []
-    truth = [set(exact(query).tolist()) for query in queries[:half]]
-    for kind, links in GRAPHS:
-        search, built, size = graph(kind, links, base)
-        for ef in EFS:
-            found = [len(truth[n] & set(map(int, search(q, ef)))) / K for n, q in enumerate(queries[:half])]
-            if np.mean(found) >= options.recall:
-                break
-        look = named(search, ef)
-        row = summary(f"{kind} HNSW M={links} ef={ef}", list(turns(look, exact, queries[half:], options.rounds)))
-        row |= {"bytes": round(size, 1), "build_s": round(built, 1)}
-        print(row, flush=True)
-        rows.append({"what": "rivals", **row})
-        del search, look
-    for plan in options.plan:
-        with tempfile.TemporaryDirectory(dir=options.work) as temporary:
-            built = build(Path(temporary) / "index", base, plan, options.store)
-            with Index.open(Path(temporary) / "index", read_only=True) as index:
+    rows: list[dict[str, Any]] = []
+    with work(options) as folder:
+        if options.build_only:
+            for kind, links in options.graphs:
+                print(kind, links, f"{graph(kind, links, base, folder)[1]:.0f} s", flush=True)
+            for plan in options.plan:
+                print(plan, f"{index_of(options, base, plan, folder)[1]:.0f} s", flush=True)
+            return rows
+        exact, half = flat(base), len(queries) // 2
+        truth = [set(exact(query).tolist()) for query in queries[:half]]
+        for kind, links in options.graphs:
+            search, built, size = graph(kind, links, base, folder)
+            for ef in EFS:
+                found = [len(truth[n] & set(map(int, search(q, ef)))) / K for n, q in enumerate(queries[:half])]
+                if np.mean(found) >= options.recall:
+                    break
+            look = named(search, ef)
+            row = summary(f"{kind} HNSW M={links} ef={ef}", list(turns(look, exact, queries[half:], options.rounds)))
+            row |= {"bytes": round(size, 1), "build_s": round(built, 1)}
+            print(row, flush=True)
+            rows.append({"what": "rivals", **row})
+            del search, look
+        for plan in options.plan:
+            place, built = index_of(options, base, plan, folder)
+            with Index.open(place, read_only=True) as index:
                 ours = asked(index, plan)
                 row = summary(plan, list(turns(ours, exact, queries[half:], options.rounds)))
                 row |= {"bytes": memory(index, len(base)), "build_s": round(built, 1)}
-        print(row, flush=True)
-        rows.append({"what": "rivals", **row})
+            print(row, flush=True)
+            rows.append({"what": "rivals", **row})
     return rows
 
 
 def growth(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str, Any]]:
-    rows = []
-    for plan in options.plan:
-        for size in options.sizes:
-            part = base[:size]
-            with tempfile.TemporaryDirectory(dir=options.work) as temporary:
-                built = build(Path(temporary) / "index", part, plan, options.store)
-                with Index.open(Path(temporary) / "index", read_only=True) as index:
-                    ours = asked(index, plan)
-                    row = summary(plan, list(turns(ours, flat(part), queries, options.rounds)))
+    rows: list[dict[str, Any]] = []
+    with work(options) as folder:
+        for plan in options.plan:
+            for size in options.sizes:
+                part = base[:size]
+                place, built = index_of(options, part, plan, folder)
+                print(f"{size}: {plan}: built in {built:.0f} s", flush=True)
+                if options.build_only:
+                    continue
+                with Index.open(place, read_only=True) as index:
+                    row = summary(plan, list(turns(asked(index, plan), flat(part), queries, options.rounds)))
                     row |= {"bytes": memory(index, size), "build_s": round(built, 1), "items": size}
-            print(row, flush=True)
-            rows.append({"what": "growth", **row})
+                print(row, flush=True)
+                rows.append({"what": "growth", **row})
     return rows
 
 
@@ -219,13 +278,16 @@ def main() -> None:
     parser.add_argument("--store", choices=["float16", "float32"], help="of the full vectors")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="folder for indexes while they are measured")
+    parser.add_argument("--graphs", nargs="*", default=GRAPHS, help="rivals: faiss:M, faiss-int8:M, usearch:M")
+    parser.add_argument("--work", type=Path, help="folder for what is built, kept and used again")
+    parser.add_argument("--build-only", action="store_true", help="only fill --work; measure another time")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.smoke:
         options.items, options.queries, options.sizes = 3000, 40, [500, 3000]
     options.plan = options.plan or PLANS
+    options.graphs = [(kind, int(links)) for kind, _, links in (text.partition(":") for text in options.graphs)]
     options.items = max(options.sizes) if options.what == "growth" else options.items
     faiss.omp_set_num_threads(1)
     base, queries = load(options)
@@ -235,7 +297,7 @@ def main() -> None:
         about = json.loads((options.vectors / "about.json").read_text()) | {"vectors": "real"}
     about |= {"items": len(base), "width": base.shape[1], "asked": len(queries)}
     rows = [{**about, **row} for row in rows]
-    if options.out or not options.smoke:
+    if rows and (options.out or not options.smoke):
         name = f"{options.what}-{about['vectors']}-{len(base)}.jsonl"
         save(options.out or Path(__file__).parent / "results" / name, rows)
 

@@ -7,6 +7,7 @@ A name is a code (`int8`: a column whose rows can be scored one by one) or a cod
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from matryo.core.errors import StorageError
@@ -32,6 +33,7 @@ IN_PLACE = ("float32", "float16", "bfloat16", "int8", "binary")
 """Codes whose flat scan reads the column itself; the others are packed for it."""
 
 
+@lru_cache(maxsize=1024)
 def held_as(stage: Stage, first: bool) -> str:
     """The name of what a stage needs: a first stage scans, a later one scores rows."""
     return stage.code if not first or (stage.scan == "flat" and stage.code in IN_PLACE) else sealed_name(stage)
@@ -131,6 +133,18 @@ class CodeStore:
         except RuntimeError:  # faiss' only exception
             return None
 
+    def prepare(self, width: int, name: str, vectors: Vectors) -> None:
+        """Derive a column or what a scanner builds of all rows; searches go on meanwhile."""
+        if " " in name:
+            self.scanner(width, name).prepare(vectors, vectors.end)
+        else:
+            self.column(width, name, vectors)
+
+    def abandon(self) -> None:
+        """End what is being built aside."""
+        for scanner in list(self._scanners.values()):
+            scanner.abandon()
+
     def loaded(self) -> dict[tuple[int, str], Column | Scanner]:
         """What is in memory."""
         return {**self._columns, **self._scanners}
@@ -142,8 +156,7 @@ class CodeStore:
         file = self.file_name(width, name)
         if " " in name:
             scanner = self.scanner(width, name)
-            scanner.cover(vectors, vectors.end)
-            scanner.wait()
+            scanner.prepare(vectors, vectors.end)
             sealed = scanner.sealed
             if sealed is None or self._recent(file, sealed.rows, 0):
                 return None

@@ -25,22 +25,21 @@ from matryo.core.prefix import check_width
 from matryo.core.promise import Floats, Promise
 from matryo.index import calibration
 from matryo.index import catalogue as cat
-from matryo.index.funnel import Float32s, Rows, StageReport, check_plan, default_plan, finish, run
+from matryo.index.funnel import Float32s, Rows, StageReport, default_plan, finish, run
 from matryo.index.items import Batch, Metadata, check_documents, check_ids, check_metadata, read_ids
 from matryo.index.opening import (
     Lock,
     check_k,
     check_model,
     check_store,
+    checked_plan,
     folder_of,
     insist_on_model,
-    parsed,
     refuse_taken,
-    stored_plan,
     unit_queries,
     whole_reading,
 )
-from matryo.index.snapshot import FILTERS_KEPT, VERIFY_AT_OPEN, Snapshot, View, load_snapshot, vectors_path
+from matryo.index.snapshot import FILTERS_KEPT, VERIFY_AT_OPEN, Snapshot, View, derived, load_snapshot, vectors_path
 from matryo.index.vectors import check_rows, unit_chunks
 from matryo.index.where import compile_where
 from matryo.index.writer import CheckReport, Writer, examine
@@ -108,7 +107,7 @@ class Index:
         """
         folder = folder_of(path)
         width = check_width(width, 1 << 16)
-        chosen = check_plan(default_plan(width) if plan is None else parsed(plan), width)
+        chosen = checked_plan(default_plan(width) if plan is None else plan, width)
         state = cat.State(width, str(chosen), check_model(model), store=check_store(store))
         refuse_taken(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -268,7 +267,7 @@ class Index:
         reports: list[StageReport] | None = [] if explain else None
         with self._reading() as (connection, snapshot):
             state = snapshot.state
-            chosen = stored_plan(state.plan, state.width) if plan is None else check_plan(parsed(plan), state.width)
+            chosen = checked_plan(state.plan if plan is None else plan, state.width)
             unit = unit_queries(queries, state.width)
             if condition is None:
                 answers = run(chosen, unit, k, View(snapshot), reports)
@@ -281,6 +280,22 @@ class Index:
                 said = calibration.note(made, chosen, k, state.live, condition is not None)
                 hits = replace(hits, promise=said)
             return hits
+
+    def prepare(self, plan: str | Plan | None = None) -> None:
+        """Derive all that a plan needs, by default the index's own, and return when it is there.
+
+        A search does not wait for a graph or cells of many rows: they are built aside, and until they are there every
+        row is scanned by its code, exactly and slowly. `compact`, and `close` of an index that was written to, leave
+        them in files for the next to open.
+        """
+        with self._reading() as (_, snapshot):
+            chosen = checked_plan(snapshot.state.plan if plan is None else plan, snapshot.state.width)
+        self._prepare(snapshot, chosen)
+
+    def _prepare(self, snapshot: Snapshot, plan: Plan) -> None:
+        if snapshot.state.end:
+            for width, name in derived(plan, snapshot.state):
+                snapshot.codes.prepare(width, name, snapshot.vectors)
 
     def recalls(self, queries: Any, k: int = 10) -> Callable[[str | Plan], Floats]:
         """Plan -> recall@k of each query: (Q,) shares of the exact k best that a search by this plan would find.
@@ -295,7 +310,13 @@ class Index:
             width = snapshot.state.width
             unit = unit_queries(queries, width)
         found = calibration.recalls_of(View(snapshot), unit, k)
-        return lambda plan: found(check_plan(parsed(plan), width))
+
+        def of(plan: str | Plan) -> Floats:
+            chosen = checked_plan(plan, width)
+            self._prepare(snapshot, chosen)
+            return found(chosen)
+
+        return of
 
     def calibrate(
         self,
@@ -326,8 +347,9 @@ class Index:
         writer, k = self._writable(), check_k(k)
         with self._reading() as (_, snapshot):
             state = snapshot.state
-            chosen = stored_plan(state.plan, state.width) if plan is None else check_plan(parsed(plan), state.width)
+            chosen = checked_plan(state.plan if plan is None else plan, state.width)
             unit = None if queries is None else unit_queries(queries, state.width)
+        self._prepare(snapshot, chosen)
         promise = calibration.calibrated(snapshot, unit, chosen, k, recall, confidence)
         with self._lock:
             writer.promise(self._current(), promise)
@@ -381,6 +403,7 @@ class Index:
             with self._lock:
                 if self._seen[1].state.seq <= fresh.state.seq:
                     self._seen = (None, fresh)
+            before.codes.abandon()
             writer.tidy(fresh.state)
         return before.state.end - fresh.state.end
 
@@ -394,6 +417,7 @@ class Index:
                 with suppress(DamagedError, StorageError), self._reading() as (_, snapshot):
                     self._writer.save_codes(snapshot)
             self._closed = True
+            self._seen[1].codes.abandon()
             self._catalogue.close()
             if self._writer is not None:
                 self._writer.close()

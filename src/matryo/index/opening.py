@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from matryo.core.errors import DamagedError, InputError, LockedError
 from matryo.core.files import storage_errors
 from matryo.core.plan import Plan
+from matryo.core.prefix import inverse_norms
 from matryo.index import catalogue as cat
 from matryo.index.funnel import Float32s, check_plan
 from matryo.index.snapshot import Snapshot, load_snapshot, vectors_path
@@ -60,15 +61,15 @@ def refuse_taken(folder: Path) -> None:
         raise InputError(f"{folder} is not an empty folder; choose another")
 
 
-def parsed(plan: str | Plan) -> Plan:
-    """A plan from its text or itself."""
-    return plan if isinstance(plan, Plan) else Plan.parse(plan)
+def checked_plan(plan: str | Plan, width: int) -> Plan:
+    """A plan, from its text or itself, that this index can run on vectors of `width` dimensions."""
+    return _checked_plan(plan, width) if isinstance(plan, str | Plan) else check_plan(Plan.parse(plan), width)
 
 
-@lru_cache(maxsize=64)
-def stored_plan(text: str, width: int) -> Plan:
-    """The index's own plan, parsed and checked once."""
-    return check_plan(Plan.parse(text), width)
+@lru_cache(maxsize=256)
+def _checked_plan(plan: str | Plan, width: int) -> Plan:
+    """Parsed and checked once: a search asks by the same few plans again and again."""
+    return check_plan(Plan.parse(plan) if isinstance(plan, str) else plan, width)
 
 
 def check_store(store: object) -> str:
@@ -117,6 +118,12 @@ def unit_queries(queries: object, width: int) -> Float32s:
         array = np.asarray(queries)
     except ValueError as error:
         raise InputError(f"queries: rows differ in length; give (Q, {width}) numbers") from error
+    if array.dtype == np.float32 and array.shape in ((width,), (1, width)):
+        # One query: its length tells in one pass whether it is finite and not zero.
+        row = array.reshape(1, width)
+        inverse = inverse_norms(row)
+        if inverse[0] > 0:
+            return (row * inverse[:, None]).astype("<f4")
     rows = check_rows(array[None, :] if array.ndim == 1 else array, width, "queries")
     return (
         np.concatenate([np.empty((0, width), np.float32), *unit_chunks(rows)])

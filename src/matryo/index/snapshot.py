@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from matryo.core.plan import Stage
+from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
 from matryo.index import catalogue as cat
-from matryo.index.codes import CodeStore
+from matryo.index.codes import CodeStore, held_as
 from matryo.index.column import products
 from matryo.index.funnel import Rows, best
 from matryo.index.rerank import inner_products
@@ -163,6 +163,16 @@ def as_stored(stage: Stage, store: str) -> bool:
     No codes are kept in memory for such a stage.
     """
     return stage.code in ("float32", store)
+
+
+def derived(plan: Plan, state: cat.State) -> list[tuple[int, str]]:
+    """What a plan needs besides the vectors file, as (width, name) of `CodeStore`."""
+    needed = []
+    for number, stage in enumerate(plan.stages):
+        scanned = number == 0 and (stage.code != "float32" or stage.width < state.width)
+        if scanned or not as_stored(stage, state.store):
+            needed.append((stage.width, held_as(stage, first=number == 0)))
+    return needed
 
 
 def row_products(rows_RD: Float32s, query_D: Float32s) -> Float32s:

@@ -21,10 +21,10 @@ from matryo.core.files import digest, fsync_folder, storage_errors
 from matryo.core.plan import Plan
 from matryo.core.promise import Promise
 from matryo.index import catalogue as cat
-from matryo.index.codes import CodeStore, held_as
+from matryo.index.codes import CodeStore
 from matryo.index.items import item_digest
 from matryo.index.opening import whole_reading
-from matryo.index.snapshot import Snapshot, as_stored, load_snapshot, vectors_path
+from matryo.index.snapshot import Snapshot, derived, load_snapshot, vectors_path
 from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s, Vectors
 
 
@@ -256,12 +256,7 @@ def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
 
 def _wanted(snapshot: Snapshot) -> set[tuple[int, str]]:
     """Columns worth a file: those in use and those that the index's own plan needs."""
-    wanted = set(snapshot.codes.loaded())
-    for number, stage in enumerate(Plan.parse(snapshot.state.plan).stages):
-        scanned = number == 0 and (stage.code != "float32" or stage.width < snapshot.state.width)
-        if scanned or not as_stored(stage, snapshot.state.store):
-            wanted.add((stage.width, held_as(stage, first=number == 0)))
-    return wanted
+    return set(snapshot.codes.loaded()) | set(derived(Plan.parse(snapshot.state.plan), snapshot.state))
 
 
 def _save(snapshot: Snapshot, wanted: set[tuple[int, str]]) -> list[tuple[str, int, str, int]]:

@@ -75,6 +75,7 @@ class Sample:
         index = Index.open(self.folder, read_only=True)
         try:
             started = time.perf_counter()
+            index.prepare(plan)
             index.search(self.queries[0], self.target.k, plan=plan)
             build_s = time.perf_counter() - started
             ladder = ladder_of(plan, self.target.k, self.count, self.full)

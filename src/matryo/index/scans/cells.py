@@ -37,6 +37,8 @@ class Cells:
         options = dict(stage.options)
         self.width, self.code, self.index = stage.width, stage.code, index
         self.cells = options.get("cells", 1)
+        self._unfiltered: dict[int, Any] = {}
+        """faiss' parameters of searches without a filter, by cells probed."""
 
     @classmethod
     def build(cls, stage: Stage, vectors: Stored, end: int) -> "Cells":
@@ -69,6 +71,7 @@ class Cells:
         copy = faiss.deserialize_index(faiss.serialize_index(self.index))
         made = Cells.__new__(Cells)
         made.width, made.code, made.index, made.cells = self.width, self.code, copy, self.cells
+        made._unfiltered = {}
         made._add(vectors, end)
         return made
 
@@ -105,6 +108,8 @@ class Cells:
         return made.load({"step": (centroids[:, 15, 0] - centroids[:, 0, 0]) / np.float32(15)})
 
     def _parameters(self, allowed: Allowed | None, probe: int) -> Any:
+        if allowed is None and probe in self._unfiltered:
+            return self._unfiltered[probe]
         faiss = faiss_module()
         made = faiss.IVFRaBitQSearchParameters() if self.code == "rabitq" else faiss.SearchParametersIVF()
         if self.code == "rabitq":
@@ -112,6 +117,8 @@ class Cells:
         made.nprobe = probe
         if allowed is not None:
             made.sel = allowed.selector
+        else:
+            self._unfiltered[probe] = made
         return made
 
     def _completed(self, scores: Float32s, rows: Rows, n: int, allowed: Allowed | None) -> Found:

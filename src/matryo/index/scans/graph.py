@@ -28,6 +28,8 @@ class Graph:
 
     def __init__(self, stage: Stage, index: Any) -> None:
         self.width, self.code, self.index = stage.width, stage.code, index
+        self._unfiltered: dict[int, Any] = {}
+        """faiss' parameters of searches without a filter, by ef."""
 
     @classmethod
     def build(cls, stage: Stage, vectors: Stored, end: int) -> "Graph":
@@ -63,7 +65,7 @@ class Graph:
         """A copy that covers the rows up to `end` too; this one stays as it is."""
         faiss = faiss_module()
         made = Graph.__new__(Graph)
-        made.width, made.code = self.width, self.code
+        made.width, made.code, made._unfiltered = self.width, self.code, {}
         made.index = faiss.deserialize_index(faiss.serialize_index(self.index))
         made.index.hnsw.efConstruction = CONSTRUCTION
         made._add(vectors, end)
@@ -77,10 +79,13 @@ class Graph:
             looked_at = min(self.rows, looked_at * self.rows // max(1, count))
             if count * SELECTIVE < self.rows:
                 return self._exact(query_D, n, allowed)
-        faiss = faiss_module()
-        chosen = faiss.SearchParametersHNSW(efSearch=looked_at)
-        if allowed is not None:
-            chosen.sel = allowed.selector
+        chosen = self._unfiltered.get(looked_at) if allowed is None else None
+        if chosen is None:
+            chosen = faiss_module().SearchParametersHNSW(efSearch=looked_at)
+            if allowed is None:
+                self._unfiltered[looked_at] = chosen
+            else:
+                chosen.sel = allowed.selector
         query = np.ascontiguousarray(query_D[None, : self.width])
         scores, rows = self.index.search(query, n, params=chosen)
         found = filled(scores[0], rows[0])

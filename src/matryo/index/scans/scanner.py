@@ -1,7 +1,9 @@
 """A first stage that builds something: what is built covers the rows that were there, a flat tail those written since.
 
 The tail is scanned exactly, in the same code, and its answers are merged. When it has grown past an eighth of what is
-built, a thread builds the larger one beside it; searches use the old one and its tail until the new one is there.
+built, a thread builds the larger one beside it; searches use the old one and its tail until the new one is there. The
+first graph or set of cells is built so too, unless the rows are few: until it is there every row is tail. A build ends
+early, and leaves nothing, when the index is closed or the program ends.
 """
 
 import threading
@@ -16,11 +18,13 @@ from matryo.core.plan import Plan, Stage
 from matryo.index.column import Column, Stored
 from matryo.index.scans.cells import Cells
 from matryo.index.scans.common import Allowed, Found, Rows, first
-from matryo.index.scans.flat import dense
+from matryo.index.scans.flat import dense, scan_column
 from matryo.index.scans.graph import Graph
 
 TAIL_LEAST = 4096
 TAIL_SHARE = 8
+AT_ONCE = 1 << 14
+"""Up to so many rows a first graph is built while the caller waits: a second or two."""
 """A tail of more than TAIL_LEAST rows and one TAIL_SHARE-th of what is built is merged into it."""
 QUERY_OPTIONS = ("ef", "probe")
 """What may differ between searches of one graph or one set of cells."""
@@ -43,7 +47,7 @@ class Sealed(Protocol):
         """A copy that covers the rows up to `end` too."""
 
     def search(self, query_D: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> Found:
-        """The n best rows of one query."""
+        """The n best rows of one query, ascending, at most n."""
 
     def tail_codec(self) -> Codec | None:
         """The codec of its rows, None where one fitted anew will do."""
@@ -73,6 +77,11 @@ class Scanner:
         self.stage = stage
         self._lock = threading.Lock()
         self._merging: threading.Thread | None = None
+        self._begun = 0
+        """Rows of the last first build that was begun; one that failed is not begun again for the same rows."""
+        self._abandoned = threading.Event()
+        self._latest: Stored | None = None
+        """What the tail was last extended from."""
         self._pair: tuple[Sealed | None, Column] = (sealed, self._tail_of(sealed))
 
     @property
@@ -107,9 +116,9 @@ class Scanner:
             return [every for _ in queries_QD]
         sealed, tail = self.cover(vectors, end)
         options = dict(stage.options)
-        found = dense(tail, queries_QD, n, end, allowed) if end > tail.first else []
         if sealed is None:
-            return [rows for _, rows in found]
+            return scan_column(tail, queries_QD, n, end, allowed)
+        found = dense(tail, queries_QD, n, end, allowed) if end > tail.first else []
         if sealed.rows > end and allowed is None:
             allowed = Allowed(np.ones(end, dtype=bool))
         answers: list[Rows] = []
@@ -118,57 +127,105 @@ class Scanner:
             if found:
                 late_scores, late_rows = found[number]
                 scores, rows = np.concatenate([scores, late_scores]), np.concatenate([rows, late_rows])
-            answers.append(first(scores, rows, n)[1])
+                rows = first(scores, rows, n)[1]
+            answers.append(rows)
         return answers
 
     def cover(self, vectors: Stored, end: int) -> tuple[Sealed | None, Column]:
         """What is built and its tail, together covering rows 0:end."""
         sealed, tail = self._pair
-        if tail.end >= end and (sealed is not None or end < least_rows(self.stage)):
+        if tail.end >= end and (sealed is not None or not self._due(end)):
             return sealed, tail
         with self._lock:
             sealed, tail = self._pair
-            if sealed is None and end >= least_rows(self.stage):
-                sealed = build(self.stage, vectors, end)
+            due = sealed is None and self._due(end)
+            if due and (self.stage.scan == "flat" or end <= AT_ONCE):
+                # Packing a code takes as long as coding the tail would.
+                sealed, due = build(self.stage, vectors, end), False
                 tail = self._tail_of(sealed)
-            tail.extend(vectors, end)
+            if end > tail.end:
+                tail.extend(vectors, end)
+                self._latest = vectors
             if sealed is None and tail.stale:
                 tail = self._tail_of(None)
                 tail.extend(vectors, end)
             self._pair = (sealed, tail)
-            if sealed is not None and tail.rows > max(TAIL_LEAST, sealed.rows // TAIL_SHARE):
+            if due or (sealed is not None and tail.rows > max(TAIL_LEAST, sealed.rows // TAIL_SHARE)):
                 self._merge_aside(vectors, end)
             return self._pair
 
+    def prepare(self, vectors: Stored, end: int) -> None:
+        """Return when what is built covers rows 0:end but for a tail. Searches go on meanwhile."""
+        self.cover(vectors, end)
+        self.wait()
+        self.cover(vectors, end)  # a build that ended just now may have been of fewer rows
+        self.wait()
+
     def wait(self) -> None:
-        """Until no merge is under way."""
+        """Until nothing is being built."""
         merging = self._merging
         if merging is not None and merging is not threading.current_thread():
             merging.join()
 
+    def abandon(self) -> None:
+        """Nobody will search here any more: a build under way ends soon, and none begins."""
+        self._abandoned.set()
+
+    def _due(self, end: int) -> bool:
+        """Whether a first build is to begin."""
+        return end >= least_rows(self.stage) and end > self._begun
+
     def _merge_aside(self, vectors: Stored, end: int) -> None:
-        if self._merging is None or not self._merging.is_alive():
+        if (self._merging is None or not self._merging.is_alive()) and not self._abandoned.is_set():
+            self._begun = end
             self._merging = threading.Thread(target=self._merge, args=(vectors, end), name="matryo-merge")
             self._merging.start()
 
     def _merge(self, vectors: Stored, end: int) -> None:
         sealed, _ = self._pair
-        if sealed is None:
-            return
+        source = _Until(vectors, self._abandoned)
         try:
             # Centres and scales learnt from less than half of the rows are learnt anew.
-            larger = build(self.stage, vectors, end) if end > 2 * sealed.rows else sealed.grown(vectors, end)
+            if sealed is None or end > 2 * sealed.rows:
+                larger = build(self.stage, source, end)
+            else:
+                larger = sealed.grown(source, end)
             fresh = self._tail_of(larger)
             with self._lock:
-                fresh.extend(vectors, max(end, self.end))
+                fresh.extend(self._latest or vectors, max(end, self.end))
                 self._pair = (larger, fresh)
-        except MatryoError:
+        except (MatryoError, _AbandonedError):
             return  # damaged vectors: the tail goes on answering, and whoever reads those rows is told
 
     def _tail_of(self, sealed: Sealed | None) -> Column:
         first_row = 0 if sealed is None else sealed.rows
         codec = None if sealed is None else sealed.tail_codec()
         return Column(self.stage.code, self.stage.width, first_row, codec)
+
+
+class _AbandonedError(Exception):
+    """The index was closed, or the program is ending, while something was being built."""
+
+
+class _Until:
+    """Rows to build from, until they are no longer wanted. A thread that only builds must not keep a program alive."""
+
+    def __init__(self, vectors: Stored, abandoned: threading.Event) -> None:
+        self._vectors, self._abandoned = vectors, abandoned
+
+    def take(self, rows: Rows) -> Float32s:
+        """(R, D) unit rows."""
+        self._look()
+        return self._vectors.take(rows)
+
+    def chunk(self, start: int, stop: int) -> Float32s:
+        """Unit rows start:stop."""
+        self._look()
+        return self._vectors.chunk(start, stop)
+
+    def _look(self) -> None:
+        if self._abandoned.is_set() or not threading.main_thread().is_alive():
+            raise _AbandonedError
 
 
 def build(stage: Stage, vectors: Stored, end: int) -> Sealed:
