@@ -194,10 +194,10 @@ def test_fewer_rows_than_cells_are_all_tail():
 def test_probes_grow_until_enough_rows_are_found():
     stored, query = Stored(rows(200)), unit(rows(1, seed=5)).astype(np.float32)[0]
     cells = Cells.build(parsed("32:int8 ivf(cells=50,probe=1)"), stored, 200)
-    scores, found = cells.search(query, 60, None, {"probe": 1})
+    scores, found = cells.search(query[None], 60, None, {"probe": 1})[0]
     assert len(found) == 60
     few = Allowed(np.arange(200) % 20 == 0)
-    assert cells.search(query, 60, few, {"probe": 1})[1].tolist() == list(range(0, 200, 20))
+    assert cells.search(query[None], 60, few, {"probe": 1})[0][1].tolist() == list(range(0, 200, 20))
     assert len(scores) == 60
 
 
@@ -205,12 +205,12 @@ def test_a_selective_filter_leaves_the_graph_aside():
     stored, query = Stored(rows(600)), unit(rows(1, seed=5)).astype(np.float32)[0]
     graph = Graph.build(parsed("32:float32 hnsw(M=4)"), stored, 600)
     mask = np.arange(600) % 30 == 7
-    scores, found = graph.search(query, 5, Allowed(mask), {"ef": 5})
+    scores, found = graph.search(query[None], 5, Allowed(mask), {"ef": 5})[0]
     prefix = stored.base[:, :32] / np.linalg.norm(stored.base[:, :32], axis=1, keepdims=True)
     products = np.where(mask, prefix @ query[:32], -9)
     assert found.tolist() == np.sort(np.argsort(-products)[:5]).tolist()
     np.testing.assert_allclose(scores, products[found], rtol=1e-5)
-    assert graph.search(query, 5, Allowed(np.zeros(600, bool)), {})[1].tolist() == []
+    assert graph.search(query[None], 5, Allowed(np.zeros(600, bool)), {})[0][1].tolist() == []
 
 
 def test_what_is_built_has_a_name_without_what_a_query_may_choose():

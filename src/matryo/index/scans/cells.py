@@ -18,7 +18,7 @@ from matryo.core.codecs import Codec, Float32s, Int4
 from matryo.core.plan import Stage
 from matryo.core.prefix import truncate
 from matryo.index.column import Stored, sample
-from matryo.index.scans.common import Allowed, Found, Rows, filled, first, settled
+from matryo.index.scans.common import Allowed, Found, Rows, asked_first, filled, first, settled
 from matryo.index.trained import ProductCode, RaBitQ, faiss_module, index_codec, product_quantizer
 from matryo.index.vectors import CHUNK_ROWS
 
@@ -75,15 +75,28 @@ class Cells:
         made._add(vectors, end)
         return made
 
-    def search(self, query_D: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> Found:
-        """The n best rows of one query."""
-        query = np.ascontiguousarray(query_D[None, : self.width])
+    def search(self, queries_QD: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> list[Found]:
+        """The n best rows of each query."""
         count = self.rows if allowed is None else min(allowed.count, self.rows)
         probe = min(options.get("probe", 1), self.cells)
-        while True:
-            chosen = self._parameters(allowed, probe)
+        queries = np.ascontiguousarray(queries_QD[:, : self.width])
+        ask = asked_first(n, count)
+        scores_Qn, rows_Qn = self.index.search(queries, ask, params=self._parameters(allowed, probe))
+        return [
+            self._one(query[None], n, count, allowed, probe, (ask, filled(scores, rows)))
+            for query, scores, rows in zip(queries, scores_Qn, rows_Qn, strict=True)
+        ]
 
-            def ask(most: int, chosen: Any = chosen) -> Found:
+    def _one(
+        self, query: Float32s, n: int, count: int, allowed: Allowed | None, probe: int, known: tuple[int, Found]
+    ) -> Found:
+        """The n best rows of one (1, width) query, from what a first search found and more searches where need be."""
+        while True:
+            chosen, had = self._parameters(allowed, probe), known
+
+            def ask(most: int, chosen: Any = chosen, had: tuple[int, Found] = had) -> Found:
+                if most == had[0]:
+                    return had[1]
                 scores, rows = self.index.search(query, most, params=chosen)
                 return filled(scores[0], rows[0])
 
@@ -92,7 +105,7 @@ class Cells:
                 return scores, rows
             if probe >= self.cells:
                 return self._completed(scores, rows, min(n, count), allowed)
-            probe = min(2 * probe, self.cells)
+            probe, known = min(2 * probe, self.cells), (-1, known[1])
 
     def tail_codec(self) -> Codec | None:
         """The codec its rows are in, for the rows after them; None where any fitted one will do."""

@@ -48,12 +48,17 @@ def settled(search: Callable[[int], Found], n: int, most: int) -> Found:
         search: gives up to so many rows, best first; fewer where there are no more.
         most: how many rows there are at most.
     """
-    ask = min(most, n + n // 8 + 8)
+    ask = asked_first(n, most)
     while True:
         scores, rows = search(ask)
         if len(rows) < ask or ask >= most or scores[-1] < scores[n - 1]:
             return first(scores, rows, n)
         ask = min(most, 2 * ask)
+
+
+def asked_first(n: int, most: int) -> int:
+    """How many rows `settled` asks for at first."""
+    return min(most, n + n // 8 + 8)
 
 
 def first(scores: Float32s, rows: Rows, n: int) -> Found:

@@ -12,7 +12,7 @@ import numpy as np
 from matryo.core.codecs import Int8
 from matryo.index.column import Column
 from matryo.index.funnel import barred_cost, best
-from matryo.index.scans.common import Allowed, Float32s, Found, Rows, filled, settled
+from matryo.index.scans.common import Allowed, Float32s, Found, Rows, asked_first, filled, settled
 from matryo.index.trained import faiss_module
 
 COSTS_AT_A_TIME = 1 << 24
@@ -58,7 +58,7 @@ def _by_faiss(
     if isinstance(column.codec, Int8):
         queries = queries * column.codec.state["scale"]
     chosen = None if allowed is None else faiss_module().SearchParameters(sel=allowed.selector)
-    ask = min(count, n + n // 8 + 8)
+    ask = asked_first(n, count)
     scores_Qn, rows_Qn = index.search(queries, ask, params=chosen)
 
     def once_more(number: int, more: int) -> Found:

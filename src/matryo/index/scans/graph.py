@@ -71,14 +71,14 @@ class Graph:
         made._add(vectors, end)
         return made
 
-    def search(self, query_D: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> Found:
-        """About the n best rows of one query; exactly those where few rows are allowed or the graph finds too few."""
+    def search(self, queries_QD: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> list[Found]:
+        """About the n best rows of each query; exactly those where few rows are allowed or the graph finds too few."""
         count = self.rows if allowed is None else min(allowed.count, self.rows)
         looked_at = max(options.get("ef", LOOKED_AT), n)
         if allowed is not None:
             looked_at = min(self.rows, looked_at * self.rows // max(1, count))
             if count * SELECTIVE < self.rows:
-                return self._exact(query_D, n, allowed)
+                return [self._exact(query, n, allowed) for query in queries_QD]
         chosen = self._unfiltered.get(looked_at) if allowed is None else None
         if chosen is None:
             chosen = faiss_module().SearchParametersHNSW(efSearch=looked_at)
@@ -86,10 +86,12 @@ class Graph:
                 self._unfiltered[looked_at] = chosen
             else:
                 chosen.sel = allowed.selector
-        query = np.ascontiguousarray(query_D[None, : self.width])
-        scores, rows = self.index.search(query, n, params=chosen)
-        found = filled(scores[0], rows[0])
-        return first(*found, n) if len(found[1]) >= min(n, count) else self._exact(query_D, n, allowed)
+        scores_Qn, rows_Qn = self.index.search(np.ascontiguousarray(queries_QD[:, : self.width]), n, params=chosen)
+        found = [filled(scores, rows) for scores, rows in zip(scores_Qn, rows_Qn, strict=True)]
+        return [
+            first(scores, rows, n) if len(rows) >= min(n, count) else self._exact(query, n, allowed)
+            for query, (scores, rows) in zip(queries_QD, found, strict=True)
+        ]
 
     def tail_codec(self) -> Codec | None:
         """Any fitted codec will do for the rows after these."""

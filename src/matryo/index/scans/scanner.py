@@ -46,8 +46,8 @@ class Sealed(Protocol):
     def grown(self, vectors: Stored, end: int) -> Self:
         """A copy that covers the rows up to `end` too."""
 
-    def search(self, query_D: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> Found:
-        """The n best rows of one query, ascending, at most n."""
+    def search(self, queries_QD: Float32s, n: int, allowed: Allowed | None, options: dict[str, int]) -> list[Found]:
+        """The n best rows of each query, ascending, at most n."""
 
     def tail_codec(self) -> Codec | None:
         """The codec of its rows, None where one fitted anew will do."""
@@ -111,7 +111,7 @@ class Scanner:
     ) -> list[Rows]:
         """The n best rows among 0:end for each query, ascending; all allowed ones where there are no more than n."""
         count = end if allowed is None else allowed.count
-        if n >= count:
+        if n >= count or not len(queries_QD):
             every = np.arange(end) if allowed is None else allowed.rows
             return [every for _ in queries_QD]
         sealed, tail = self.cover(vectors, end)
@@ -122,8 +122,7 @@ class Scanner:
         if sealed.rows > end and allowed is None:
             allowed = Allowed(np.ones(end, dtype=bool))
         answers: list[Rows] = []
-        for number, query in enumerate(queries_QD):
-            scores, rows = sealed.search(query, n, allowed, options)
+        for number, (scores, rows) in enumerate(sealed.search(queries_QD, n, allowed, options)):
             if found:
                 late_scores, late_rows = found[number]
                 scores, rows = np.concatenate([scores, late_scores]), np.concatenate([rows, late_rows])
