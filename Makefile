@@ -46,6 +46,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/search/run.py speed --smoke
 	$(BIN)/python benchmarks/search/run.py rivals --smoke
 	$(BIN)/python benchmarks/search/run.py growth --smoke
+	$(BIN)/python benchmarks/search/run.py filters --smoke
 	$(BIN)/python benchmarks/search/bandwidth.py --smoke
 	$(BIN)/python benchmarks/search/size.py --smoke
 	$(BIN)/python benchmarks/search/promise.py --smoke

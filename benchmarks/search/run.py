@@ -14,6 +14,9 @@ same float32 vectors, and takes turns with the plan every 20 queries, so both sh
 `rivals`: HNSW of faiss and of usearch over the full width, each at the smallest tried ef that reaches the recall on the
 first half of the queries, against the plan, all measured on the second half. Build seconds are processor time.
 `growth`: the plan's time by number of items.
+`filters`: recall and time with a filter that leaves 1, 10 and 50 % of the items, against an exact scan of those alone;
+`first_ms` is the first search by a filter, which looks the items up, later ones by the same filter know them.
+With --work what is built is kept, so that it can be built (--build-only) and measured at different times.
 """
 
 import argparse
@@ -53,14 +56,16 @@ def load(options: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(base), np.load(options.vectors / "queries.npy")[: options.queries]
 
 
-def build(folder: Path, base: np.ndarray, plan: str, store: str | None) -> float:
-    """Upsert everything and derive what the plan needs; seconds of processor time."""
+def build(folder: Path, base: np.ndarray, plan: str, store: str | None, field: np.ndarray | None = None) -> float:
+    """Upsert everything, with a field of metadata if it is given, and derive what the plan needs; processor seconds."""
     start = time.process_time()
     more = {"store": store} if store else {}
     with Index.create(folder, width=base.shape[1], plan=plan, **more) as index:
         for at in range(0, len(base), 50000):
             numbers = range(at, min(at + 50000, len(base)))
-            index.upsert([f"doc-{n}" for n in numbers], base[at : at + 50000], [f"Title of {n}" for n in numbers])
+            metadata = None if field is None else [{"field": int(field[n])} for n in numbers]
+            titles = [f"Title of {n}" for n in numbers]
+            index.upsert([f"doc-{n}" for n in numbers], base[at : at + 50000], titles, metadata)
         index.prepare()
     return time.process_time() - start
 
@@ -106,9 +111,9 @@ def memory(index: Index, items: int) -> float:
     return round(sum(index.stats()["codes"].values()) / items, 1)
 
 
-def asked(index: Index, plan: str) -> Callable[[np.ndarray], list[str]]:
-    """Query to ids, by a plan."""
-    return lambda query: index.search(query, K, plan=plan).ids[0]
+def asked(index: Index, plan: str, where: dict[str, Any] | None = None) -> Callable[[np.ndarray], list[str]]:
+    """Query to ids, by a plan, with or without a filter."""
+    return lambda query: index.search(query, K, plan=plan, where=where).ids[0]
 
 
 def named(search: Callable[[np.ndarray, int], Any], ef: int) -> Callable[[np.ndarray], list[str]]:
@@ -127,6 +132,8 @@ def speed(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str,
     with work(options) as folder:
         place, built = index_of(options, base, options.plan[0], folder)
         print(f"build {built:.1f} s of processor time", flush=True)
+        if options.build_only:
+            return rows
         for plan in options.plan:
             with Index.open(place, read_only=True) as index:
                 started = time.process_time()
@@ -192,13 +199,15 @@ def graph(kind: str, links: int, base: np.ndarray, folder: Path) -> tuple[Search
     return made[0], json.loads(noted.read_text())["build_s"], made[1]() / len(base)
 
 
-def index_of(options: Any, base: np.ndarray, plan: str, folder: Path) -> tuple[Path, float]:
+def index_of(
+    options: Any, base: np.ndarray, plan: str, folder: Path, field: np.ndarray | None = None
+) -> tuple[Path, float]:
     """(folder of an index with this plan, its build seconds of processor time); one that is there is used again."""
-    place = folder / f"index-{len(base)}-{sub('[^a-zA-Z0-9]+', '-', plan)}"
+    place = folder / f"{'index' if field is None else 'fields'}-{len(base)}-{sub('[^a-zA-Z0-9]+', '-', plan)}"
     noted = place.with_suffix(".json")
     if not noted.exists():
         rmtree(place, ignore_errors=True)
-        noted.write_text(json.dumps({"build_s": build(place, base, plan, options.store)}))
+        noted.write_text(json.dumps({"build_s": build(place, base, plan, options.store, field)}))
     return place, json.loads(noted.read_text())["build_s"]
 
 
@@ -265,9 +274,33 @@ def growth(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str
     return rows
 
 
+def filters(options: Any, base: np.ndarray, queries: np.ndarray) -> list[dict[str, Any]]:
+    """Recall and time among the items that a filter leaves, against an exact scan of those items alone."""
+    rows: list[dict[str, Any]] = []
+    field = np.arange(len(base)) % 100
+    with work(options) as folder:
+        place, _ = index_of(options, base, options.plan[0], folder, field)
+        if options.build_only:
+            return rows
+        for plan in options.plan:
+            with Index.open(place, read_only=True) as index:
+                index.prepare(plan)
+                for percent in options.percents:
+                    kept = np.flatnonzero(field < percent)
+                    where = {"field": {"<": percent}}
+                    fresh, _ = timed(lambda where=where, plan=plan: index.search(queries[0], K, plan=plan, where=where))
+                    search, exact = asked(index, plan, where), flat(np.ascontiguousarray(base[kept]))
+                    taken = turns(search, lambda q, exact=exact, kept=kept: kept[exact(q)], queries, options.rounds)
+                    row = summary(plan, list(taken))
+                    row |= {"matching": round(len(kept) / len(base), 4), "first_ms": round(fresh * 1e3, 1)}
+                    print(row, flush=True)
+                    rows.append({"what": "filters", **row})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "rivals", "growth"])
+    parser.add_argument("what", choices=["speed", "rivals", "growth", "filters"])
     parser.add_argument("--vectors", type=Path, help="folder that vectors.py wrote; synthetic vectors if not given")
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--width", type=int, default=768)
@@ -277,6 +310,7 @@ def main() -> None:
     parser.add_argument("--plan", action="append", help="repeatable")
     parser.add_argument("--store", choices=["float16", "float32"], help="of the full vectors")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--percents", type=int, nargs="+", default=[1, 10, 50], help="of the items that filters leave")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--graphs", nargs="*", default=GRAPHS, help="rivals: faiss:M, faiss-int8:M, usearch:M")
     parser.add_argument("--work", type=Path, help="folder for what is built, kept and used again")
@@ -291,7 +325,9 @@ def main() -> None:
     options.items = max(options.sizes) if options.what == "growth" else options.items
     faiss.omp_set_num_threads(1)
     base, queries = load(options)
-    rows = {"speed": speed, "rivals": rivals, "growth": growth}[options.what](options, base, queries)
+    rows = {"speed": speed, "rivals": rivals, "growth": growth, "filters": filters}[options.what](
+        options, base, queries
+    )
     about = {"vectors": "synthetic", "seed": options.seed}
     if options.vectors:
         about = json.loads((options.vectors / "about.json").read_text()) | {"vectors": "real"}
