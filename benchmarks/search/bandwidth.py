@@ -2,7 +2,10 @@
 
     python benchmarks/search/bandwidth.py --index runs/size/index --queries runs/size/queries.npy
     python benchmarks/search/bandwidth.py --vectors runs/vectors --items 1000000
+    python benchmarks/search/bandwidth.py --vectors runs/vectors --work runs/bandwidth --build-only
     python benchmarks/search/bandwidth.py --smoke
+
+With --work the index and the files of all codes are kept there: --build-only derives them, and what is timed is short.
 
 Read bandwidth of one thread is measured in the same run: the best of summing a gigabyte of 64-bit integers and of an
 inner product of float32 vectors of that size. Each stage's own time comes from `explain`; its bytes are those that
@@ -50,18 +53,30 @@ def read_bandwidth(size: int) -> float:
     return best
 
 
-def measure(index: Index, stages: list[str], queries: np.ndarray, size: int) -> list[dict[str, Any]]:
-    items, rows = len(index), []
+def derive(folder: Path, stages: list[str]) -> None:
+    """Leave files of all these codes."""
     for stage in stages:
-        plan = f"{stage} keep 200 > {index.stats()['width']}:float32"
-        try:
-            for query in queries[:5]:
-                index.search(query, plan=plan)
-        except MatryoError as error:
-            print(f"{stage}: {error}", flush=True)
-            continue
-        took = [index.search(query, plan=plan, explain=True).explanation[0].milliseconds for query in queries]
-        codes = index.stats()["codes"]
+        with Index.open(folder) as index:
+            try:
+                index.prepare(f"{stage} keep 200 > {index.stats()['width']}:float32")
+            except MatryoError as error:
+                print(f"{stage}: {error}", flush=True)
+
+
+def measure(folder: Path, stages: list[str], queries: np.ndarray, size: int) -> list[dict[str, Any]]:
+    rows = []
+    for stage in stages:
+        # Opened for each, so that only one code is in memory.
+        with Index.open(folder, read_only=True) as index:
+            items, plan = len(index), f"{stage} keep 200 > {index.stats()['width']}:float32"
+            try:
+                for query in queries[:5]:
+                    index.search(query, plan=plan)
+            except MatryoError as error:
+                print(f"{stage}: {error}", flush=True)
+                continue
+            took = [index.search(query, plan=plan, explain=True).explanation[0].milliseconds for query in queries]
+            codes = index.stats()["codes"]
         held = next(size for name, size in codes.items() if name == stage or name.startswith(f"{stage} ")) / items
         bandwidth = read_bandwidth(size)
         speed = float(held * items / np.median(took) / 1e6)
@@ -82,6 +97,8 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", nargs="+", default=STAGES)
+    parser.add_argument("--work", type=Path, help="folder for the index, kept and used again")
+    parser.add_argument("--build-only", action="store_true", help="only derive the codes; measure another time")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -94,13 +111,14 @@ def main() -> None:
         if folder is None:
             given = argparse.Namespace(**{**vars(options), "queries": options.asked})
             base, queries = load(given)
-            folder = Path(temporary) / "index"
-            build(folder, base, f"{base.shape[1]}:float32", None)
+            folder = (options.work or Path(temporary)) / f"index-{len(base)}"
+            if not folder.exists():
+                build(folder, base, f"{base.shape[1]}:float32", None)
             del base
         else:
             queries = np.load(options.queries)[: options.asked]
-        with Index.open(folder, read_only=True) as index:
-            rows = measure(index, options.stage, queries, size)
+        derive(folder, options.stage)
+        rows = [] if options.build_only else measure(folder, options.stage, queries, size)
     if rows and (options.out or not options.smoke):
         save(options.out or Path(__file__).parent / "results" / f"bandwidth-{rows[0]['items']}.jsonl", rows)
 

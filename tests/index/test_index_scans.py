@@ -104,7 +104,7 @@ def scanned(index: Index, plan: str, queries: np.ndarray, mask: np.ndarray) -> l
 
     stage = Plan.parse(plan).stages[0]
     snapshot = index._current()
-    return View(snapshot, mask).scan(stage, unit(queries).astype(np.float32), stage.keep)
+    return View(snapshot, Allowed(mask)).scan(stage, unit(queries).astype(np.float32), stage.keep)
 
 
 @pytest.mark.parametrize(("code", "scan"), [pair for pair in PAIRS if pair[1] == "flat"])

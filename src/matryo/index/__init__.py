@@ -4,7 +4,8 @@ Read `funnel.py` first (how a plan is executed), then `index.py` (the public cla
 `vectors.py` (what lies on the disk and why it survives a crash).
 """
 
-from matryo.index.index import Hits, Index
+from matryo.index.hits import Hits
+from matryo.index.index import Index
 from matryo.index.items import Batch
 from matryo.index.writer import CheckReport
 

@@ -107,11 +107,7 @@ class Column:
         """(Q, R) costs of rows first:end, lower is better: Hamming distances (int32), else minus products (float32)."""
         count, parts = end - self.first, self.parts
         if isinstance(self.codec, Binary):
-            codes = self._split(self.codec.encode(np.ascontiguousarray(queries_QD[:, : self.width])))
-            total = hamming(codes[0], parts[0], count)
-            for mine, theirs in zip(codes[1:], parts[1:], strict=True):
-                total += hamming(mine, theirs, count)
-            return total
+            return self.distances(self.coded(queries_QD), 0, count)
         queries = -queries_QD[:, : self.width]
         if isinstance(self.codec, Int8):
             queries = queries * self.codec.state["scale"]
@@ -121,6 +117,17 @@ class Column:
             stop = min(start + step, count)
             products(queries, self._numbers(parts[0][start:stop]), out[:, start:stop])
         return out
+
+    def coded(self, queries_QD: Float32s) -> list[Part]:
+        """Queries as this column's rows lie: pieces of codes."""
+        return self._split(self.codec.encode(np.ascontiguousarray(queries_QD[:, : self.width])))
+
+    def distances(self, coded: list[Part], start: int, stop: int) -> NDArray[np.int32]:
+        """(Q, stop - start) Hamming distances of coded queries to the column's rows start:stop."""
+        total = hamming(coded[0], self.parts[0][start:stop], stop - start)
+        for mine, theirs in zip(coded[1:], self.parts[1:], strict=True):
+            total += hamming(mine, theirs[start:stop], stop - start)
+        return total
 
     def scores(self, query_D: Float32s, rows: Rows) -> Float32s:
         """(R,) inner products of the float query with the decoded codes of these rows."""

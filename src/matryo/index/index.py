@@ -4,19 +4,16 @@ A folder holds `catalogue.sqlite` (the commit point), `vectors-<generation>.f16`
 `codes/`, which may be deleted at any time. A reader sees a new commit at its next call; nothing has to be reopened.
 """
 
-import json
 import os
 import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import numpy as np
 
 from matryo.core.errors import DamagedError, InputError, StorageError
 from matryo.core.files import fsync_folder, storage_errors
@@ -25,7 +22,8 @@ from matryo.core.prefix import check_width
 from matryo.core.promise import Floats, Promise
 from matryo.index import calibration
 from matryo.index import catalogue as cat
-from matryo.index.funnel import Float32s, Rows, StageReport, default_plan, finish, run
+from matryo.index.funnel import StageReport, default_plan, run
+from matryo.index.hits import Hits, filtered, hits_of, matching
 from matryo.index.items import Batch, Metadata, check_documents, check_ids, check_metadata, read_ids
 from matryo.index.opening import (
     Lock,
@@ -39,32 +37,10 @@ from matryo.index.opening import (
     unit_queries,
     whole_reading,
 )
-from matryo.index.snapshot import FILTERS_KEPT, VERIFY_AT_OPEN, Snapshot, View, derived, load_snapshot, vectors_path
+from matryo.index.snapshot import VERIFY_AT_OPEN, Snapshot, View, derived, load_snapshot, vectors_path
 from matryo.index.vectors import check_rows, unit_chunks
 from matryo.index.where import compile_where
 from matryo.index.writer import CheckReport, Writer, examine
-
-SCAN_MATCHES_EXACTLY = 1000
-"""A filter that leaves no more rows than this (or than the first stage keeps) is scored exactly, without a funnel."""
-
-
-@dataclass(frozen=True)
-class Hits:
-    """Answers, one list per query, best first. A list is shorter than k where fewer items match.
-
-    `scores` are full-width cosines of the query with the vectors as they are stored. With `explain=True`, `explanation`
-    says what each stage did, and `promise` what recall is promised of this search and on what grounds.
-    """
-
-    ids: list[list[str]]
-    scores: list[list[float]]
-    documents: list[list[str | None]]
-    metadata: list[list[Metadata | None]]
-    explanation: list[StageReport] | None = None
-    promise: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Index:
@@ -272,9 +248,10 @@ class Index:
             if condition is None:
                 answers = run(chosen, unit, k, View(snapshot), reports)
             else:
-                matches = self._matches(connection, snapshot, condition)
-                answers = _filtered(snapshot, matches, chosen, unit, k, reports)
-            hits = _hits(connection, answers, reports)
+                self._verify_items(connection, snapshot)
+                matches = matching(connection, snapshot, condition)
+                answers = filtered(snapshot, matches, chosen, unit, k, reports)
+            hits = hits_of(connection, answers, reports)
             if explain:
                 made = None if state.promise is None else Promise.from_json(state.promise)
                 said = calibration.note(made, chosen, k, state.live, condition is not None)
@@ -285,12 +262,14 @@ class Index:
         """Derive all that a plan needs, by default the index's own, and return when it is there.
 
         A search does not wait for a graph or cells of many rows: they are built aside, and until they are there every
-        row is scanned by its code, exactly and slowly. `compact`, and `close` of an index that was written to, leave
-        them in files for the next to open.
+        row is scanned by its code, exactly and slowly. `compact`, and `close` of an index that is open for writing,
+        leave them in files for the next to open.
         """
         with self._reading() as (_, snapshot):
             chosen = checked_plan(snapshot.state.plan if plan is None else plan, snapshot.state.width)
         self._prepare(snapshot, chosen)
+        if self._writer is not None:
+            self._writer.derived()
 
     def _prepare(self, snapshot: Snapshot, plan: Plan) -> None:
         if snapshot.state.end:
@@ -487,22 +466,6 @@ class Index:
             cat.verify_items(connection, snapshot.live)
             self._items_verified = True
 
-    def _matches(self, connection: sqlite3.Connection, snapshot: Snapshot, condition: tuple[str, list[Any]]) -> Rows:
-        """Rows whose metadata match, ascending; recent filters are remembered for as long as nothing is written."""
-        self._verify_items(connection, snapshot)
-        sql, values = condition
-        key = json.dumps([sql, values])
-        known = snapshot.filters.get(key)
-        if known is not None:
-            return known
-        found = connection.execute(f"SELECT row FROM items WHERE {sql} ORDER BY row", values).fetchall()
-        rows = np.array(found, dtype=np.int64).reshape(-1)
-        with self._lock:
-            snapshot.filters[key] = rows
-            while len(snapshot.filters) > FILTERS_KEPT:
-                snapshot.filters.popitem(last=False)
-        return rows
-
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
     """Name and bytes of every file; one that a compaction removes meanwhile is left out."""
@@ -510,39 +473,3 @@ def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
         with suppress(FileNotFoundError):
             if path.is_file():
                 yield str(path.relative_to(folder)), path.stat().st_size
-
-
-def _filtered(
-    snapshot: Snapshot, matches: Rows, plan: Plan, unit: Float32s, k: int, reports: list[StageReport] | None
-) -> list[tuple[Rows, Float32s]]:
-    """Few matches: all of them by exact scores. Many: the funnel, its first stage confined to them."""
-    if len(matches) <= max(SCAN_MATCHES_EXACTLY, plan.stages[0].keep or 0, k):
-        view = View(snapshot)
-        answers = [finish(query, matches, k, view) for query in unit]
-        if reports is not None:
-            kept = sum(len(rows) for rows, _ in answers)
-            reports.append(StageReport("exact scan of the matching rows", len(matches) * len(unit), kept, 0.0))
-        return answers
-    allowed = np.zeros(snapshot.state.end, dtype=bool)
-    allowed[matches] = True
-    return run(plan, unit, k, View(snapshot, allowed), reports)
-
-
-def _hits(
-    connection: sqlite3.Connection, answers: list[tuple[Rows, Float32s]], reports: list[StageReport] | None
-) -> Hits:
-    rows = [found.tolist() for found, _ in answers]
-    items = cat.read_items(connection, list({row for found in rows for row in found}))
-    return Hits(
-        [[items[row][1] for row in found] for found in rows],
-        [scores.tolist() for _, scores in answers],
-        [[items[row][2] for row in found] for found in rows],
-        [[_fields(items[row][3]) for row in found] for found in rows],
-        reports,
-    )
-
-
-def _fields(text: str | None) -> Metadata | None:
-    """Each hit gets a dict of its own, so that a caller may change it."""
-    fields: Metadata | None = None if text is None else json.loads(text)
-    return fields

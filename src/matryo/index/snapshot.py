@@ -1,6 +1,7 @@
 """One committed moment of an index, and the funnel's view of it. Immutable, so any number of threads may search it."""
 
 import sqlite3
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -33,6 +34,25 @@ def vectors_path(folder: Path, generation: int, store: str) -> Path:
     return folder / f"vectors-{generation}.{STORES[store][1]}"
 
 
+class Filters:
+    """The rows that matched recent filters, for as long as nothing is written. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Allowed] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def known(self, key: str) -> Allowed | None:
+        """What this filter left, if it was asked lately."""
+        return self._known.get(key)
+
+    def keep(self, key: str, allowed: Allowed) -> None:
+        """Remember what this filter left, and forget the oldest."""
+        with self._lock:
+            self._known[key] = allowed
+            while len(self._known) > FILTERS_KEPT:
+                self._known.popitem(last=False)
+
+
 @dataclass
 class Snapshot:
     """State, vectors, live rows and codes as of one commit."""
@@ -41,8 +61,7 @@ class Snapshot:
     vectors: Vectors
     live: NDArray[np.bool_]
     codes: CodeStore
-    filters: OrderedDict[str, Rows] = field(default_factory=OrderedDict)
-    """Rows that matched recent filters, newest last."""
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def all_live(self) -> bool:
@@ -94,9 +113,9 @@ def load_snapshot(
 class View:
     """A snapshot as the funnel's source, with or without a filter on the rows."""
 
-    def __init__(self, snapshot: Snapshot, allowed: NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, allowed: Allowed | None = None) -> None:
         self._snapshot = snapshot
-        self._allowed = snapshot.allowed if allowed is None else Allowed(allowed)
+        self._allowed = snapshot.allowed if allowed is None else allowed
 
     @property
     def width(self) -> int:

@@ -182,6 +182,10 @@ class Writer:
         self._sweep(state)
         self._catalogue.tidy()
 
+    def derived(self) -> None:
+        """Something was derived that is worth a file."""
+        self._dirty = True
+
     def save_codes(self, snapshot: Snapshot) -> None:
         """Leave files of the codes in use, and of those the index's own plan needs, for the next to open."""
         if not self._dirty:

@@ -1,0 +1,43 @@
+"""The n lowest Hamming distances block by block are those of all distances sorted, lower rows first among equals."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matryo.index.column import Column
+from matryo.index.scans import flat as module
+from matryo.index.scans.common import Allowed
+
+
+class Stored:
+    def __init__(self, base: np.ndarray) -> None:
+        self.base = base
+
+    def take(self, wanted):
+        return self.base[wanted]
+
+    def chunk(self, start, stop):
+        return self.base[start:stop]
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 300), width=st.sampled_from([8, 64, 96, 200]), n=st.integers(1, 320), seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+)  # fmt: skip
+def test_the_lowest_distances(rows, width, n, seed, share):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FIRST_BLOCK", 7)
+        patch.setattr(module, "BLOCK", 40)
+        rng = np.random.default_rng(seed)
+        base = rng.standard_normal((rows, width)).astype(np.float32)
+        queries = rng.standard_normal((3, width)).astype(np.float32)
+        column = Column("binary", width)
+        column.extend(Stored(base), rows)
+        for mask in (None, rng.random(rows) < share):
+            allowed = None if mask is None else Allowed(mask)
+            there = np.arange(rows) if mask is None else np.flatnonzero(mask)
+            for query, found in zip(queries, module.scan_column(column, queries, n, rows, allowed), strict=True):
+                costs = ((base[there] > 0) != (query > 0)).sum(axis=1)
+                assert found.tolist() == np.sort(there[np.argsort(costs, kind="stable")[:n]]).tolist()
