@@ -213,6 +213,28 @@ def test_a_selective_filter_leaves_the_graph_aside():
     assert graph.search(query[None], 5, Allowed(np.zeros(600, bool)), {})[0][1].tolist() == []
 
 
+@pytest.mark.parametrize(("code", "scan"), [pair for pair in PAIRS if pair[1] != "flat" or pair[0] in ("pq8", "int4")])
+def test_rows_written_after_something_was_built_are_found_by_their_own_vectors(tmp_path, code, scan):
+    late = rows(N + MORE)[N:]
+    with Index.create(tmp_path / "i", width=64, plan=plan_of(code, scan, 40)) as index:
+        fill(index, 0, N)
+        index.search(late[0])
+        fill(index, N, MORE)
+        found = index.search(late, 1)
+        assert np.mean([ids == [f"d{N + n}"] for n, ids in enumerate(found.ids)]) >= 0.9
+
+
+def test_what_a_search_built_is_there_at_the_next_opening(tmp_path, monkeypatch):
+    plan = plan_of("int8", "hnsw(M=8,ef=40)", 40)
+    with Index.create(tmp_path / "i", width=64) as index:
+        fill(index, 0, N)
+    with Index.open(tmp_path / "i") as index:
+        before = index.search(rows(QUERIES, seed=9), plan=plan)
+    monkeypatch.setattr(module, "build", lambda *_: pytest.fail("built again"))
+    with Index.open(tmp_path / "i", read_only=True) as index:
+        assert index.search(rows(QUERIES, seed=9), plan=plan) == before
+
+
 def test_what_is_built_has_a_name_without_what_a_query_may_choose():
     for text in ("64:int8 hnsw(M=9,ef=80)", "64:int8 hnsw(ef=9,M=9)"):
         assert sealed_name(parsed(text)) == "int8 hnsw(M=9)"

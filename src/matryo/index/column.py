@@ -103,10 +103,12 @@ class Column:
         """Bytes in memory."""
         return sum(part.nbytes for part in self.parts)
 
-    def costs(self, queries_QD: Float32s, end: int) -> NDArray[Any]:
-        """(Q, R) costs of rows first:end, lower is better: Hamming distances (int32), else minus products (float32)."""
+    def costs(self, queries_QD: Float32s, end: int, hamming_of_bits: bool = True) -> NDArray[Any]:
+        """(Q, R) costs of rows first:end, lower is better: minus products (float32); of bits Hamming distances (int32),
+        unless the float query is to meet the bits.
+        """
         count, parts = end - self.first, self.parts
-        if isinstance(self.codec, Binary):
+        if isinstance(self.codec, Binary) and hamming_of_bits:
             return self.distances(self.coded(queries_QD), 0, count)
         queries = -queries_QD[:, : self.width]
         if isinstance(self.codec, Int8):
@@ -115,7 +117,7 @@ class Column:
         step = max(1, SCAN_ELEMENTS // self.width)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            products(queries, self._numbers(parts[0][start:stop]), out[:, start:stop])
+            products(queries, self._numbers([part[start:stop] for part in parts]), out[:, start:stop])
         return out
 
     def coded(self, queries_QD: Float32s) -> list[Part]:
@@ -131,15 +133,19 @@ class Column:
 
     def scores(self, query_D: Float32s, rows: Rows) -> Float32s:
         """(R,) inner products of the float query with the decoded codes of these rows."""
-        parts = [part[rows - self.first] for part in self.parts]
-        codes = np.concatenate(parts, axis=1)[:, : self.width // 8] if isinstance(self.codec, Binary) else parts[0]
+        codes = self._whole([part[rows - self.first] for part in self.parts])
         if isinstance(self.codec, Int8):
             codes = (codes ^ SIGN).view(np.int8)
         decoded: Float32s = self.codec.decode(codes) @ query_D[: self.width]
         return decoded
 
-    def _numbers(self, codes: Part) -> Float32s:
+    def _whole(self, parts: list[Part]) -> Part:
+        """The pieces of a code side by side, without padding."""
+        return np.concatenate(parts, axis=1)[:, : self.width // 8] if isinstance(self.codec, Binary) else parts[0]
+
+    def _numbers(self, parts: list[Part]) -> Float32s:
         """Codes as float32, int8 without its scale (which the query carries)."""
+        codes = self._whole(parts)
         if isinstance(self.codec, Int8):
             return codes.astype(np.float32) - np.float32(128)
         return halves(codes) if isinstance(self.codec, Float16) else self.codec.decode(codes)

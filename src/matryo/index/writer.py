@@ -188,7 +188,8 @@ class Writer:
 
     def save_codes(self, snapshot: Snapshot) -> None:
         """Leave files of the codes in use, and of those the index's own plan needs, for the next to open."""
-        if not self._dirty:
+        codes = snapshot.codes
+        if not self._dirty and all(codes.file_name(*key) in codes.manifest for key in codes.loaded()):
             return
         with storage_errors(f"writing codes in {self._folder}"):
             saved = _save(snapshot, _wanted(snapshot))

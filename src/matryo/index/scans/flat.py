@@ -37,14 +37,16 @@ def scan_column(column: Column, queries_QD: Float32s, n: int, end: int, allowed:
     return [rows for _, rows in dense(column, queries_QD, n, end, allowed)]
 
 
-def dense(column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None) -> list[Found]:
+def dense(
+    column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None, hamming_of_bits: bool = True
+) -> list[Found]:
     """The n best rows of the column up to `end`, by an array of all costs."""
     count = end - column.first
     barred = None if allowed is None else ~allowed.mask[column.first : end]
     at_a_time = max(1, COSTS_AT_A_TIME // max(1, count))
     found: list[Found] = []
     for start in range(0, len(queries_QD), at_a_time):
-        costs = column.costs(queries_QD[start : start + at_a_time], end)
+        costs = column.costs(queries_QD[start : start + at_a_time], end, hamming_of_bits)
         if costs.dtype == np.int32 and column.width < np.iinfo(np.int16).max:
             costs = costs.astype(np.int16)  # half the bytes to select from
         if barred is not None:

@@ -118,7 +118,8 @@ class Scanner:
         options = dict(stage.options)
         if sealed is None:
             return scan_column(tail, queries_QD, n, end, allowed)
-        found = dense(tail, queries_QD, n, end, allowed) if end > tail.first else []
+        # Scores beside those of what is built, in which the float query meets the bits.
+        found = dense(tail, queries_QD, n, end, allowed, hamming_of_bits=False) if end > tail.first else []
         if sealed.rows > end and allowed is None:
             allowed = Allowed(np.ones(end, dtype=bool))
         answers: list[Rows] = []
