@@ -1,6 +1,7 @@
 """The retrieval experiment of the Matryoshka paper: how little work finds the same answers.
 
-    python benchmarks/search/paper.py --model runs/general --pairs general/train.jsonl.gz --asked general/dev.jsonl.gz
+    python benchmarks/search/paper.py --model runs/general --pairs general/train.jsonl.gz \\
+        --asked general/dev.jsonl.gz --work runs/paper --scan exact hnsw
 
 Kusupati et al. 2022 (arXiv 2205.13147), section 4.3 and appendix F: a shortlist of 200 by a short prefix, put in order
 by a long one (adaptive retrieval), and a cascade that doubles the width while it halves the shortlist (funnel
@@ -11,7 +12,11 @@ width come with an interval from a paired bootstrap over queries.
 Cost: millions of multiply-adds a query (the paper's MFLOPs): items x width for an exact scan, graph nodes compared x
 width for HNSW, shortlist x width for each later stage. Time: median of whole `index.search` calls, one thread, one
 query at a time, all plans taking turns. A plan's last stage is followed by the product's own ordering of the ten
-answers by full-width cosine, which is counted. Beside the plans stands `faiss.IndexFlatIP` over the float32 vectors.
+answers by full-width cosine, which is counted. Beside the plans, in the same turns, runs `faiss.IndexFlatIP` over the
+float32 vectors.
+
+`--work` keeps vectors, index and graphs, so that a run that was cut off goes on where it was; `--build` stops there,
+and a later run with the same `--work` only measures. Rows go to results/paper-SCAN.jsonl.
 """
 
 import argparse
@@ -75,7 +80,7 @@ def plans(full: int, graph: bool) -> dict[str, str]:
     return made
 
 
-def work(plan: Plan, items: int, full: int, compared: float | None) -> float:
+def work_of(plan: Plan, items: int, full: int, compared: float | None) -> float:
     """Millions of multiply-adds a query."""
     first, *later = plan.stages
     total, shortlist = (compared or items) * first.width, first.keep or K
@@ -113,6 +118,59 @@ def compared(index: Index, plan: str, queries: np.ndarray) -> float | None:
     return stats.ndis / len(queries) if stats.ndis else None
 
 
+def vectors_of(options: Any, work: Path, documents: list[str], asked: list[str]) -> list[np.ndarray]:
+    """(N, D) of the documents and (Q, D) of the queries, encoded once."""
+    found = []
+    for name, texts_of in (("vectors", documents), ("queries", asked)):
+        path = work / f"{name}.npy"
+        if not path.exists():
+            part = path.with_name(f"part-{path.name}")
+            np.save(part, matryo.load(options.model).encode(texts_of))
+            part.rename(path)
+        found.append(np.load(path, mmap_mode="r"))
+        if len(found[-1]) != len(texts_of):
+            raise SystemExit(f"{path} holds {len(found[-1])} rows for {len(texts_of)} texts; give another --work")
+    return found
+
+
+def built(folder: Path, vectors: np.ndarray, numbers: np.ndarray, scans: list[str]) -> Path:
+    """The index with what the plans scan, each saved as soon as it is there. What is there already is left alone."""
+    full = vectors.shape[1]
+    if not folder.exists():
+        part = folder.with_name(f"part-{folder.name}-{os.getpid()}")
+        with Index.create(part, width=full) as index:
+            for at in range(0, len(numbers), 50000):
+                some = numbers[at : at + 50000]
+                index.upsert([str(n) for n in some], vectors[some])
+        part.rename(folder)
+    for scan in scans:
+        for plan in dict.fromkeys(str(Plan(Plan.parse(p).stages[:1])) for p in plans(full, scan == "hnsw").values()):
+            began = time.perf_counter()
+            # Closed after each, so that it is saved.
+            with Index.open(folder) as index:
+                index.search(vectors[numbers[0]], K, plan=plan)
+            print(f"{plan}: there after {time.perf_counter() - began:.0f} s", flush=True)
+    return folder
+
+
+def measured(index: Index, exact: Any, names: np.ndarray, queries: np.ndarray, named: dict[str, str]) -> Any:
+    """Milliseconds and answers of every plan and of faiss, which take turns."""
+    times: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    for start in range(0, len(queries), TURN):
+        some = queries[start : start + TURN]
+        for name, plan in {FLAT: "", **named}.items():
+            for query in some:
+                began = time.perf_counter()
+                if name == FLAT:
+                    ids = [str(n) for n in names[exact.search(query[None], K)[1][0]]]
+                else:
+                    ids = index.search(query, K, plan=plan).ids[0]
+                times[name].append((time.perf_counter() - began) * 1e3)
+                found[name].append(ids)
+    return times, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -120,62 +178,50 @@ def main() -> None:
     parser.add_argument("--asked", type=Path, required=True)
     parser.add_argument("--items", type=int, default=10**9, help="documents of --pairs at most")
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--graphs", action="store_true", help="HNSW over the prefixes too; builds take minutes")
+    parser.add_argument(
+        "--scan", nargs="+", choices=("exact", "hnsw"), default=["exact"], help="graphs take minutes each"
+    )
+    parser.add_argument("--work", type=Path, help="folder that keeps vectors, index and graphs")
+    parser.add_argument("--build", action="store_true", help="fill --work and measure nothing")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper.jsonl")
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
 
     documents, asked, right = texts(options)
-    model = matryo.load(options.model)
-    vectors, queries = model.encode(documents), model.encode(asked)
-    known, sought = (np.abs(x).sum(axis=1) > 0 for x in (vectors, queries))
-    queries, right = queries[sought], [ok for ok, there in zip(right, sought, strict=True) if there]
-    full = vectors.shape[1]
-    print(f"{int(known.sum())} documents, {len(queries)} queries, {full} dimensions", flush=True)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        with Index.create(Path(temporary) / "index", width=full) as index:
-            numbers = np.flatnonzero(known)
-            for at in range(0, len(numbers), 50000):
-                part = numbers[at : at + 50000]
-                index.upsert([str(n) for n in part], vectors[part])
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        vectors, queries = vectors_of(options, work, documents, asked)
+        known, sought = (np.abs(x).sum(axis=1) > 0 for x in (vectors, queries))
+        queries, right = queries[sought], [ok for ok, there in zip(right, sought, strict=True) if there]
+        numbers, full = np.flatnonzero(known), vectors.shape[1]
+        print(f"{len(numbers)} documents, {len(queries)} queries, {full} dimensions", flush=True)
+        folder = built(work / "index", vectors, numbers, options.scan)
+        if options.build:
+            return
         exact = faiss.IndexFlatIP(full)
-        exact.add(vectors[known])
-        numbers = np.flatnonzero(known)
-        with Index.open(Path(temporary) / "index", read_only=True) as index:
-            for graph in (False, True) if options.graphs else (False,):
-                named = plans(full, graph)
-                times: dict[str, list[float]] = defaultdict(list)
-                found: dict[str, list[list[str]]] = defaultdict(list)
+        exact.add(vectors[numbers])
+        with Index.open(folder, read_only=True) as index:
+            for scan in options.scan:
+                rows: list[dict[str, Any]] = []
+                named = plans(full, scan == "hnsw")
                 nodes = {name: compared(index, plan, queries[:50]) for name, plan in named.items()}
-                for start in range(0, len(queries), TURN):
-                    for query in queries[start : start + TURN]:
-                        began = time.perf_counter()
-                        _, rows_1K = exact.search(query[None], K)
-                        times[FLAT].append((time.perf_counter() - began) * 1e3)
-                        found[FLAT].append([str(n) for n in numbers[rows_1K[0]]])
-                    for name, plan in named.items():
-                        for query in queries[start : start + TURN]:
-                            began = time.perf_counter()
-                            hits = index.search(query, K, plan=plan)
-                            times[name].append((time.perf_counter() - began) * 1e3)
-                            found[name].append(hits.ids[0])
+                times, found = measured(index, exact, numbers, queries, named)
                 values = {name: accuracy(ids, right) for name, ids in found.items()}
                 for name, plan in {FLAT: f"{full}:float32", **named}.items():
                     row = {
-                        "scan": "hnsw" if graph else "exact",
+                        "scan": scan,
                         "name": name,
                         "plan": plan,
-                        "mflops": round(work(Plan.parse(plan), int(known.sum()), full, nodes.get(name)), 3),
+                        "mflops": round(work_of(Plan.parse(plan), len(numbers), full, nodes.get(name)), 3),
                         "ms": round(float(np.median(times[name])), 3),
                     }
                     row |= {metric: round(float(v.mean()), 4) for metric, v in values[name].items()}
                     row["MRR@10 minus flat"] = interval(values[name]["MRR@10"] - values[FLAT]["MRR@10"], options.seed)
                     row["times faster"] = round(float(np.median(times[FLAT]) / np.median(times[name])), 1)
                     print(row, flush=True)
-                    rows.append({"items": int(known.sum()), "queries": len(queries), "seed": options.seed, **row})
-    save(options.out, rows)
+                    rows.append({"items": len(numbers), "queries": len(queries), "seed": options.seed, **row})
+                save(Path(__file__).parent / "results" / f"paper-{scan}.jsonl", rows)
 
 
 if __name__ == "__main__":
