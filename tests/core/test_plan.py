@@ -27,6 +27,9 @@ def plans(draw) -> Plan:
                 scan if n == 0 else "flat",
                 options[: draw(st.integers(0, len(options)))] if n == 0 else (),
                 keeps[n] if n < count - 1 or last else None,
+                draw(st.none() | st.integers(1, 20_000).map(lambda m: m / 10_000))
+                if n == 0 and (count > 1 or last)
+                else None,
             )
             for n, width in enumerate(widths)
         )
@@ -47,6 +50,7 @@ def test_the_text_reads_back(plan):
         "64:float32 ivf(cells=4096,probe=32) keep 1000 > 256:int8 keep 100 > 1024:float16",
         "256:pq32 ivf(cells=1024,probe=32,at=64) keep 200 > 768:float32",
         "128:rabitq keep 200 > 256:int4 keep 40 > 768:float32",
+        "256:binary keep 1600 within 0.08 > 768:float32",
         "768:float32",
     ],
 )
@@ -75,6 +79,11 @@ def test_spaces_do_not_matter():
         ("64:int8 keep 9 > 64:int8 hnsw", "stage 2 .*only the first stage"),
         ("20:binary", "multiple of 8"),
         ("0:int8", "at least 1"),
+        ("64:int8 within 0.1 > 64:int8", "stage 1"),
+        ("64:int8 keep 9 > 64:int8 keep 9 within 0.1", "stage 2 .*only a first stage that keeps rows"),
+        ("64:int8 keep 9 within 3 > 64:int8", "stage 1 .*within must be 0.0001 to 2"),
+        ("64:int8 keep 9 within 0 > 64:int8", "stage 1 .*within must be 0.0001 to 2"),
+        ("64:int8 keep 9 within 0.1234567 > 64:int8", "in six digits at most"),
         ("64:int8 keep 0", "keep must be at least 1"),
     ],
 )

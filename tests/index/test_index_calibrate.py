@@ -14,8 +14,8 @@ from matryo.core.errors import InputError, StorageError
 from matryo.core.plan import Plan
 from matryo.core.promise import p_value, sizes, smallest
 from matryo.index import Index, catalogue
-from matryo.index.calibration import ladder_of, recalls_of, with_keep
-from matryo.index.funnel import run
+from matryo.index.calibration import PROFILED, SHORTER, ladder_of, recalls_of, stopping, with_keep
+from matryo.index.funnel import lengths, run, stopped
 from matryo.index.snapshot import View
 
 PLAN = "32:binary keep 400 > 64:float32"
@@ -237,10 +237,63 @@ def test_killed_while_calibrating_the_plan_and_its_promise_are_of_one_piece(inde
     assert 1 <= len(seen) <= 2
 
 
-def test_the_chosen_plan_is_the_shortest_that_passes(index, spectrum):
+def test_the_chosen_plan_is_the_shortest_that_passes_and_the_shorter_of_two(index, spectrum):
     promise = index.calibrate(spectrum[1], recall=0.9)
-    keep = promise.plan.stages[0].keep
-    shorter = sizes(10, 1500)[sizes(10, 1500).index(keep) - 1]
-    found = recalls_of(View(index._current()), spectrum[1], 10)
-    assert p_value(found(promise.plan), 0.9, 0.95) <= 0.05
-    assert p_value(found(with_keep(promise.plan, shorter, 10)), 0.9, 0.95) > 0.05
+    view, plan, ladder = View(index._current()), Plan.parse(PLAN), sizes(10, 1500)
+    found = recalls_of(view, spectrum[1], 10)
+    items = np.random.default_rng(0).permutation(1500)[:PROFILED]
+    families = [
+        lambda n: with_keep(plan, n, 10),
+        stopping(view, view._snapshot.vectors.take(np.sort(items)), plan, 10, 1500),
+    ]
+    best = []
+    for family in families:
+        rung, _ = smallest(ladder, lambda n, family=family: found(family(n)), 0.9, 0.95, 0.5)
+        shorter = family(ladder[ladder.index(rung) - 1])
+        assert p_value(found(family(rung)), 0.9, 0.975) <= 0.025 < p_value(found(shorter), 0.9, 0.975)
+        best.append(family(rung))
+    mean = [lengths(chosen, spectrum[1], 10, view).mean() for chosen in best]
+    assert promise.plan == best[int(mean[1] <= SHORTER * mean[0])]
+    assert promise.shortlist == round(min(mean), 1)
+
+
+def test_shortlists_that_stop_by_themselves_are_nested_and_end_with_every_row(index, spectrum):
+    view = View(index._current())
+    for text in (PLAN, "16:int8 keep 50 > 32:int8 keep 20 > 64:float32", "32:pq8 keep 50", "32:float32 hnsw keep 50"):
+        given = Plan.parse(text)
+        at = stopping(view, spectrum[0][:PROFILED], given, 10, 1500)
+        before = None
+        for n in sizes(10, 1500)[::4]:
+            plan = at(n)
+            first = plan.stages[0]
+            assert Plan.parse(str(plan)) == plan
+            assert plan.stages[1:] == with_keep(given, n, 10).stages[1:]
+            shortlists = [
+                set(stopped(scores, rows, 10, first.within).tolist())
+                for scores, rows in view.scan(first, spectrum[1][:20], first.keep)
+            ]
+            assert all(len(rows) >= 10 for rows in shortlists)
+            if before is not None and "hnsw" not in text:
+                assert all(a <= b for a, b in zip(before, shortlists, strict=True))
+            before = shortlists
+        assert at(1500) == with_keep(given, 1500, 10)
+
+
+def test_explain_says_how_many_candidates_each_query_had(index, spectrum):
+    plan = "32:binary keep 600 within 0.2 > 64:float32"
+    hits = index.search(spectrum[1][:40], plan=plan, explain=True)
+    first, last = hits.explanation
+    assert sum(first.each) == first.kept == last.considered
+    assert len(set(first.each)) > 5
+    assert all(10 <= n <= 600 for n in first.each)
+    assert last.each == [10] * 40
+    # Slow twin: bits compared one by one.
+    bits, asked = spectrum[0][:, :32] > 0, spectrum[1][:40, :32] > 0
+    far = (asked[:, None] != bits[None]).sum(axis=2)
+    edges = np.sort(far, axis=1)[:, 9]
+    assert first.each == np.minimum((far <= edges[:, None] + 0.2 * 32 / 2).sum(axis=1), 600).tolist()
+
+
+def test_exact_scans_take_no_distance(index):
+    with pytest.raises(InputError, match=r"stage 1 .*the exact scan knows its answers; leave `within` out"):
+        index.search(np.ones(64), plan="64:float32 keep 50 within 0.1")

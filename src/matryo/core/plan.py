@@ -3,10 +3,13 @@
     256:binary keep 400 > 768:int8 keep 40 > 768:float32
     128:int8 hnsw(M=32,ef=80) keep 200 > 768:float16
     256:pq32 ivf(cells=1024,probe=32,at=64) keep 200 > 768:float32
+    256:binary keep 1600 within 0.08 > 768:float32
 
-A stage is `width:code [scan] [keep n]`. Stages are joined by `>`. Every stage but the last says how many candidates it
-keeps; the last keeps as many as the caller asks for. `hnsw` gives each row M links and follows the `ef` best; `ivf`
-sorts rows into `cells` by their first `at` dimensions (the stage's width unless said) and scans the `probe` nearest.
+A stage is `width:code [scan] [keep n [within m]]`. Stages are joined by `>`. Every stage but the last says how many
+candidates it keeps; the last keeps as many as the caller asks for. The first may stop earlier for each query: it keeps
+those whose score is within m of the k-th best (cosines; for bits 1 - 2 Hamming / width). `hnsw` gives each row M links
+and follows the `ef` best; `ivf` sorts rows into `cells` by their first `at` dimensions (the stage's width unless said)
+and scans the `probe` nearest.
 """
 
 import re
@@ -19,20 +22,25 @@ SCANS: dict[str, tuple[str, ...]] = {"flat": (), "hnsw": ("M", "ef"), "ivf": ("c
 STAGE = re.compile(
     r"(?P<width>[0-9]+)\s*:\s*(?P<code>[a-z0-9]+)"
     r"(?:\s+(?P<scan>(?!keep\b)[a-z]+)(?:\s*\((?P<options>[^()]*)\))?)?"
-    r"(?:\s+keep\s+(?P<keep>[0-9]+))?"
+    r"(?:\s+keep\s+(?P<keep>[0-9]+)(?:\s+within\s+(?P<within>[0-9]*\.?[0-9]+))?)?"
 )
+NARROWEST, WIDEST = 1e-4, 2.0
+"""What `within` may be: cosines differ by 2 at most, and %g writes such numbers without an exponent."""
 EXAMPLE = "256:binary keep 400 > 768:float32"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over candidates: the first `width` dimensions, stored as `code`, scanned by `scan`, `keep` handed on."""
+    """One pass over candidates: the first `width` dimensions, stored as `code`, scanned by `scan`, `keep` handed on,
+    those only that score `within` so much of the k-th best.
+    """
 
     width: int
     code: str
     scan: str = "flat"
     options: tuple[tuple[str, int], ...] = ()
     keep: int | None = None
+    within: float | None = None
 
     def __str__(self) -> str:
         text = f"{self.width}:{self.code}"
@@ -40,7 +48,9 @@ class Stage:
             text += f" {self.scan}"
             if self.options:
                 text += "(" + ",".join(f"{name}={value}" for name, value in self.options) + ")"
-        return text if self.keep is None else f"{text} keep {self.keep}"
+        if self.keep is not None:
+            text += f" keep {self.keep}"
+        return text if self.within is None else f"{text} within {self.within:g}"
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class Plan:
     """Stages from coarse to fine. `Plan.parse(str(plan)) == plan` for every plan.
 
     Laws, checked at construction: widths never shrink; `keep` never grows; only the first stage may scan by `hnsw` or
-    `ivf` (later ones score a shortlist), with `at` up to its width; every stage but the last has a `keep`; binary
-    widths are multiples of 8.
+    `ivf` (later ones score a shortlist), with `at` up to its width; every stage but the last has a `keep`; only the
+    first, if it has one, may have a `within`, of 0.0001 to 2 in six digits at most; binary widths are multiples of 8.
     """
 
     stages: tuple[Stage, ...]
@@ -90,7 +100,8 @@ def _stage(text: str, n: int) -> Stage:
     found = STAGE.fullmatch(text)
     if not found:
         raise InputError(
-            f"stage {n} ({text!r}) is not 'width:code [scan] [keep n]'; a plan that would be right: '{EXAMPLE}'"
+            f"stage {n} ({text!r}) is not 'width:code [scan] [keep n [within m]]'; a plan that would be right: "
+            f"'{EXAMPLE}'"
         )
     code, scan = found["code"], found["scan"] or "flat"
     if not CODE.fullmatch(code):
@@ -113,7 +124,8 @@ def _stage(text: str, n: int) -> Stage:
             raise InputError(f"stage {n}: option {name} is given twice; for example '{EXAMPLE}'")
         options.append((name, int(value)))
     keep = int(found["keep"]) if found["keep"] else None
-    return Stage(int(found["width"]), code, scan, tuple(options), keep)
+    within = float(found["within"]) if found["within"] else None
+    return Stage(int(found["width"]), code, scan, tuple(options), keep, within)
 
 
 def _problems(stages: tuple[Stage, ...]) -> list[str]:
@@ -127,6 +139,10 @@ def _problems(stages: tuple[Stage, ...]) -> list[str]:
             faults.append(f"{here}: a binary width must be a multiple of 8")
         if stage.keep is not None and stage.keep < 1:
             faults.append(f"{here}: keep must be at least 1")
+        if stage.within is not None and (n > 1 or stage.keep is None):
+            faults.append(f"{here}: only a first stage that keeps rows may keep those within a distance")
+        if stage.within is not None and stage.within != _rounded(stage.within):
+            faults.append(f"{here}: within must be {NARROWEST:g} to {WIDEST:g}, in six digits at most")
         if dict(stage.options).get("at", 0) > stage.width:
             faults.append(f"{here}: cells are made at a width of at most the stage's, {stage.width}")
         if n > 1 and stage.scan != "flat":
@@ -139,6 +155,11 @@ def _problems(stages: tuple[Stage, ...]) -> list[str]:
         if stage.keep is not None and earlier and stage.keep > min(earlier):
             faults.append(f"{here}: keep never grows along a plan, an earlier stage keeps {min(earlier)}")
     return faults
+
+
+def _rounded(within: float) -> float:
+    """The nearest distance that may be written."""
+    return float(f"{min(max(within, NARROWEST), WIDEST):g}")
 
 
 def _mended(stages: tuple[Stage, ...]) -> "Plan":
@@ -156,5 +177,6 @@ def _mended(stages: tuple[Stage, ...]) -> "Plan":
             keep = max(1, keep if allowed is None else min(keep, allowed))
         scan, options = (stage.scan, stage.options) if n == 0 else ("flat", ())
         options = tuple((name, min(value, width) if name == "at" else value) for name, value in options)
-        mended.append(Stage(width, stage.code, scan, options, keep))
+        within = None if stage.within is None or n or keep is None else _rounded(stage.within)
+        mended.append(Stage(width, stage.code, scan, options, keep, within))
     return Plan(tuple(mended))

@@ -56,12 +56,15 @@ class Promise:
     """What the sample shows of the expected recall at this confidence: at least `recall`."""
     source: str = "queries"
     """"queries", or "items" where held-out items were asked instead."""
+    shortlist: float | None = None
+    """Mean candidates a query that the stages hand on, over the sample. None in promises made before it was noted."""
 
     def __str__(self) -> str:
         asked = f"{self.queries} queries" if self.source == "queries" else f"{self.queries} of its own items as queries"
+        length = "" if self.shortlist is None else f", {self.shortlist:.0f} candidates a query"
         return (
             f"expected recall@{self.k} >= {self.recall:g} at confidence {self.confidence:g}, "
-            f"from {asked} on {self.items} items (measured {self.measured:.4f}, at least {self.bound:.4f})"
+            f"from {asked} on {self.items} items (measured {self.measured:.4f}, at least {self.bound:.4f}{length})"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -126,7 +129,9 @@ def check_target(target: object, confidence: object, queries: int) -> tuple[floa
     return target, confidence
 
 
-def smallest(ladder: Sequence[T], recalls: Callable[[T], Floats], target: float, confidence: float) -> tuple[T, Floats]:
+def smallest(
+    ladder: Sequence[T], recalls: Callable[[T], Floats], target: float, confidence: float, share: float = 1.0
+) -> tuple[T, Floats]:
     """The lowest rung for which, and for every rung above it, "expected recall below target" is refuted; its recalls.
 
     The recall of a query must not fall along the ladder. The p-values then do not rise, and halving the ladder finds
@@ -135,15 +140,17 @@ def smallest(ladder: Sequence[T], recalls: Callable[[T], Floats], target: float,
     Args:
         ladder: shortlists, ascending, chosen without looking at recalls.
         recalls: rung -> (Q,) recall of every query, in [0, 1].
+        share: of the error 1 - confidence that this ladder may spend, where several are tried.
 
     Raises:
         InputError: too few queries for any answer, or not even the last rung will do; says what is reachable.
     """
     looked: dict[int, Floats] = {}
+    sure = shared(confidence, share)
 
     def passes(rung: int) -> bool:
         looked[rung] = recalls(ladder[rung])
-        return p_value(looked[rung], target, confidence) <= 1 - confidence
+        return p_value(looked[rung], target, sure) <= 1 - sure
 
     low, high = -1, len(ladder)
     while high - low > 1:
@@ -151,13 +158,18 @@ def smallest(ladder: Sequence[T], recalls: Callable[[T], Floats], target: float,
         low, high = (low, middle) if passes(middle) else (middle, high)
     if high == len(ladder):
         best = looked[high - 1]
-        shown = lower_bound(best, confidence)
+        shown = lower_bound(best, sure)
         raise InputError(
             f"recall >= {target:g} cannot be promised at confidence {confidence:g}: the largest shortlist measured "
             f"gives {best.mean():.4f} over {len(best)} queries, which shows at least {shown:.4f}; "
             "ask for that, give more queries, or take a finer code or a wider prefix"
         )
     return ladder[high], looked[high]
+
+
+def shared(confidence: float, share: float) -> float:
+    """The confidence left to one of several choices that each spend a share of the error."""
+    return 1 - (1 - confidence) * share
 
 
 def sizes(least: int, most: int) -> list[int]:

@@ -1,22 +1,38 @@
 """Calibrating a plan: its shortlists made as short as a promise allows, each recall measured by a real search.
 
+Two families of plans are tried. In one every query gets a shortlist of the same length. In the other each query stops
+by itself: it keeps what scores within a distance of its k-th best, and not more than CAP times the rung's length; a
+query whose scores fall fast keeps few. The distances rise with the rung, and are read off the scores of items, never of
+the queries that the recalls come from. Each family is tested at half the error allowed, so that both choices hold at
+once (a union bound), whichever is then taken for being shorter.
+
 Letters in array names: Q queries, D full width, k answers.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from matryo.core.errors import InputError
-from matryo.core.plan import Plan, Stage
-from matryo.core.promise import Floats, Promise, check_target, lower_bound, sizes, smallest
-from matryo.index.funnel import Float32s, Rows, Source, run
+from matryo.core.plan import NARROWEST, WIDEST, Plan, Stage
+from matryo.core.promise import Floats, Promise, check_target, lower_bound, needed, shared, sizes, smallest
+from matryo.index.funnel import Float32s, Rows, Source, lengths, run
 from matryo.index.snapshot import Snapshot, View
 
 ITEMS_ASKED = 1000
 """Items asked as queries, at most, where there are no queries yet."""
 SEED = 0
+PROFILED = 64
+"""Items whose falling scores say what distance goes with a length."""
+HALF = 0.5
+"""Of the error goes to each family."""
+CAP = 4
+"""A query keeps at most so many times the rung's length."""
+SHORTER = 0.9
+"""Stopping per query is taken for shortlists of at most this share: it selects from a longer one."""
 
 
 def calibrated(
@@ -38,19 +54,56 @@ def calibrated(
             "calibrate; add items or ask for fewer answers"
         )
     own: Rows | None = None
+    shuffled = np.random.default_rng(SEED).permutation(np.flatnonzero(snapshot.live))
     if queries_QD is None:
-        live = np.flatnonzero(snapshot.live)
-        own = np.sort(np.random.default_rng(SEED).permutation(live)[:ITEMS_ASKED])
+        own = np.sort(shuffled[:ITEMS_ASKED])
         queries_QD = snapshot.vectors.take(own)
+        shuffled = shuffled[ITEMS_ASKED:]
     target, sure = check_target(recall, confidence, len(queries_QD))
     view = View(snapshot)
     found = recalls_of(view, queries_QD, k, own)
     ladder = ladder_of(plan, k, items, view.width)
-    chosen, measured = smallest(ladder, found, target, sure)
+    several = len(ladder) > 1 and len(shuffled) >= PROFILED and len(queries_QD) >= needed(target, shared(sure, HALF))
+    chosen, measured = smallest(ladder, found, target, sure, HALF if several else 1.0)
+    asked = k if own is None else k + 1
+    length = float(lengths(chosen, queries_QD, asked, view).mean())
+    if several:
+        stop = stopping(view, snapshot.vectors.take(np.sort(shuffled[:PROFILED])), plan, k, items)
+        with suppress(InputError):  # out of reach for this family alone
+            rung, recalls = smallest(sizes(k, items), lambda n: found(stop(n)), target, sure, HALF)
+            mean = float(lengths(stop(rung), queries_QD, asked, view).mean())
+            if mean <= SHORTER * length:
+                chosen, measured, length = stop(rung), recalls, mean
     return Promise(
         chosen, target, sure, len(queries_QD), k, items, float(measured.mean()), lower_bound(measured, sure),
-        "queries" if own is None else "items",
+        "queries" if own is None else "items", round(length, 1),
     )  # fmt: skip
+
+
+def stopping(source: Source, items_PD: Float32s, plan: Plan, k: int, items: int) -> Callable[[int], Plan]:
+    """Length -> the plan in which each query stops by itself where items keep so many rows, half of them fewer.
+
+    The shortlists of a query are nested along the lengths, so its recall does not fall. Later stages keep what they
+    would keep behind a shortlist of that length.
+
+    Args:
+        items_PD: vectors of a few items, none of them asked as queries; each finds itself, which is left out.
+    """
+    first = plan.stages[0]
+
+    @cache
+    def at(length: int) -> Plan:
+        fixed = with_keep(plan, length, k)
+        if length + 2 >= items:
+            return fixed
+        scan = source.scan(replace(first, keep=None, within=None), items_PD, length + 1)
+        falls = [np.partition(s, -k - 1)[-k - 1] - s.min() for s, _ in scan if s is not None and len(s) > k]
+        fall = min(max(float(np.median(falls)) if falls else WIDEST, NARROWEST), WIDEST)
+        keep = max(length, min(CAP * length, items - 1))
+        stage = replace(fixed.stages[0], keep=keep, within=float(f"{fall:.4g}"))
+        return Plan((stage, *fixed.stages[1:]))
+
+    return at
 
 
 def ladder_of(plan: Plan, k: int, items: int, full: int) -> list[Plan]:
@@ -68,7 +121,7 @@ def ladder_of(plan: Plan, k: int, items: int, full: int) -> list[Plan]:
 def with_keep(plan: Plan, keep: int, k: int) -> Plan:
     """The plan whose first shortlist has `keep` rows, later ones their share of it but at least k."""
     first = plan.stages[0]
-    stages = [replace(first, keep=keep)]
+    stages = [replace(first, keep=keep, within=None)]
     for stage in plan.stages[1:]:
         if stage.keep is not None:
             share = stage.keep / (first.keep or stage.keep)

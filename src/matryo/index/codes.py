@@ -17,7 +17,7 @@ from matryo.index.column import Column, Float32s, Rows
 from matryo.index.scans.bounds import NAME as BOUNDS
 from matryo.index.scans.bounds import Bounds, exact_rows
 from matryo.index.scans.cells import Cells
-from matryo.index.scans.common import Allowed
+from matryo.index.scans.common import Allowed, Scored
 from matryo.index.scans.flat import scan_column
 from matryo.index.scans.graph import Graph
 from matryo.index.scans.scanner import Scanner, Sealed, sealed_name, stage_of
@@ -48,8 +48,10 @@ class CodeStore:
         self._scanners: dict[tuple[int, str], Scanner] = {}
         self._lock = threading.Lock()
 
-    def scan(self, stage: Stage, queries_QD: Float32s, n: int, vectors: Vectors, allowed: Allowed | None) -> list[Rows]:
-        """The n best rows of `vectors` for each query by this stage's code and scan, ascending."""
+    def scan(
+        self, stage: Stage, queries_QD: Float32s, n: int, vectors: Vectors, allowed: Allowed | None
+    ) -> list[Scored]:
+        """The n best rows of `vectors` for each query by this stage's code and scan, ascending, with their scores."""
         name = held_as(stage, first=True)
         if name == stage.code:
             column = self.column(stage.width, name, vectors)

@@ -4,6 +4,7 @@ Letters in array names: Q queries, D full width, N rows of the index, R rows of 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ CODES = ("float32", "float16", "bfloat16", "int8", "int4", "binary", "rabitq", "
 SCANS = {"flat": CODES, "hnsw": ("float32", "float16", "bfloat16", "int8", "int4"), "ivf": CODES}
 """Which codes each scan runs over."""
 
+ROUNDING = 1e-6
+"""Below the difference of any two Hamming distances as cosines, above what float32 makes of equal ones."""
+
 
 class Source(Protocol):
     """Where candidates come from. Rows are int64, ascending; scores are float32, larger is better."""
@@ -33,8 +37,9 @@ class Source(Protocol):
     def count(self) -> int:
         """Rows that may come back."""
 
-    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
-        """For each query the n best rows by this stage's code (all rows where there are fewer than n).
+    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> Sequence[tuple[Float32s | None, Rows]]:
+        """For each query the n best rows by this stage's code, with scores (all rows, and None for their scores, where
+        there are fewer than n).
 
         A float32 scan of full width may hand on a few more: every row that rounding cannot tell from the n-th.
         """
@@ -54,6 +59,8 @@ class StageReport:
     considered: int
     kept: int
     milliseconds: float
+    each: list[int]
+    """Candidates handed on, query by query; they differ where a stage keeps those within a distance."""
 
 
 def check_plan(plan: Plan, full: int) -> Plan:
@@ -66,6 +73,8 @@ def check_plan(plan: Plan, full: int) -> Plan:
             problem = f"{stage.scan} runs over {', '.join(SCANS[stage.scan])}"
         if stage.code == "rabitq" and dict(stage.options).get("at", stage.width) < stage.width:
             problem = "rabitq is coded about the cells' centres, which have the stage's width; leave `at` out"
+        if stage.within is not None and _is_exact(stage, full):
+            problem = "the exact scan knows its answers; leave `within` out"
         if problem:
             raise InputError(f"stage {n} ({stage}): {problem}; for example '{default_plan(full)}'")
     return plan
@@ -88,7 +97,8 @@ def run(
 ) -> list[tuple[Rows, Float32s]]:
     """The k best rows of each query with their exact full-width cosines, best first, the lower row first among equals.
 
-    A stage hands on `keep` rows, but never fewer than k. The last stage hands on its own `keep` if it has one, else k.
+    A stage hands on `keep` rows, but never fewer than k; with `within` those of them that score within so much of the
+    k-th. The last stage hands on its own `keep` if it has one, else k.
     When the last stage is the full width in float32 it is the final order itself; otherwise what it hands on is put in
     order by exact scores once more.
 
@@ -101,7 +111,8 @@ def run(
     first, *later = plan.stages
     explain = reports is not None
     started = time.perf_counter()
-    shortlists = source.scan(first, queries_QD, max(first.keep or k, k))
+    found = source.scan(first, queries_QD, max(first.keep or k, k))
+    shortlists = [stopped(scores, rows, k, first.within) for scores, rows in found]
     _report(reports, first, source.count * len(queries_QD) if explain else 0, shortlists, started)
     for stage in later:
         if _is_exact(stage, source.width) and stage is plan.stages[-1]:
@@ -120,6 +131,14 @@ def run(
     return answers
 
 
+def stopped(scores_R: Float32s | None, rows_R: Rows, k: int, within: float | None) -> Rows:
+    """The rows that score within so much of the k-th best of them; all where no distance is given."""
+    if within is None or scores_R is None or len(rows_R) <= k:
+        return rows_R
+    edge = np.partition(scores_R, -k)[-k]
+    return rows_R[scores_R >= edge - np.float32(within + ROUNDING)]
+
+
 def finish(query_D: Float32s, rows_R: Rows, k: int, source: Source) -> tuple[Rows, Float32s]:
     """The k best of these ascending rows by exact full-width cosine, best first, the lower row first among equals."""
     scores = source.exact(query_D, rows_R)
@@ -134,6 +153,13 @@ def product_problem(width: int, size: int) -> str:
     right = [f"pq{n}" for n in range(1, width // 2 + 1) if width % (2 * n) == 0][-4:]
     instead = ", ".join(right) if right else "an even width"
     return f"pq{size} cuts a prefix into {2 * size} equal parts, which {width} dimensions do not give; use {instead}"
+
+
+def lengths(plan: Plan, queries_QD: Float32s, k: int, source: Source) -> NDArray[np.int64]:
+    """(Q,) candidates that the stages of a plan hand on to the next, together; not the k answers."""
+    reports: list[StageReport] = []
+    run(plan, queries_QD, k, source, reports)
+    return np.array([report.each for report in reports[:-1]], dtype=np.int64).reshape(-1, len(queries_QD)).sum(axis=0)
 
 
 def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
@@ -176,4 +202,5 @@ def _report(
     reports: list[StageReport] | None, stage: Stage, considered: int, after: list[Rows], started: float
 ) -> None:
     if reports is not None:
-        reports.append(StageReport(str(stage), considered, _total(after), (time.perf_counter() - started) * 1e3))
+        took, each = (time.perf_counter() - started) * 1e3, [len(rows) for rows in after]
+        reports.append(StageReport(str(stage), considered, sum(each), took, each))

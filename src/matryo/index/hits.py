@@ -60,8 +60,8 @@ def filtered(
         view = View(snapshot)
         answers = [finish(query, matches.rows, k, view) for query in unit]
         if reports is not None:
-            kept = sum(len(rows) for rows, _ in answers)
-            reports.append(StageReport("exact scan of the matching rows", matches.count * len(unit), kept, 0.0))
+            each, name = [len(rows) for rows, _ in answers], "exact scan of the matching rows"
+            reports.append(StageReport(name, matches.count * len(unit), sum(each), 0.0, each))
         return answers
     return run(plan, unit, k, View(snapshot, matches), reports)
 

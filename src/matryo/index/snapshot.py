@@ -17,7 +17,7 @@ from matryo.index.codes import CodeStore, held_as
 from matryo.index.column import products
 from matryo.index.funnel import Rows, best
 from matryo.index.rerank import inner_products
-from matryo.index.scans.common import Allowed
+from matryo.index.scans.common import Allowed, Scored
 from matryo.index.vectors import STORES, Float32s, Vectors, floats
 
 VERIFY_AT_OPEN = 64 << 20
@@ -127,17 +127,17 @@ class View:
         """Rows that may come back."""
         return self._snapshot.state.end if self._allowed is None else self._allowed.count
 
-    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Rows]:
-        """The n best rows for each query by this stage's code."""
+    def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Scored]:
+        """The n best rows for each query by this stage's code; exact ones come without scores."""
         end = self._snapshot.state.end
         if not end:
-            return [np.empty(0, np.int64) for _ in queries_QD]
+            return [(None, np.empty(0, np.int64)) for _ in queries_QD]
         if stage.width < self.width or stage.code != "float32" or stage.scan != "flat":
             return self._snapshot.codes.scan(stage, queries_QD, n, self._snapshot.vectors, self._allowed)
         codes, vectors = self._snapshot.codes, self._snapshot.vectors
         pruned = [codes.exact_rows(q, n, vectors, self._allowed, partial(self.exact, q)) for q in queries_QD]
         scored = iter(self._all_scored(queries_QD[[rows is None for rows in pruned]], n))
-        return [next(scored) if rows is None else rows for rows in pruned]
+        return [(None, next(scored) if rows is None else rows) for rows in pruned]
 
     def _all_scored(self, queries_QD: Float32s, n: int) -> list[Rows]:
         """The n best rows by full-width scores of every row, and those that rounding cannot tell from the n-th."""

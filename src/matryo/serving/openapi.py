@@ -147,7 +147,8 @@ def _search_answer() -> Schema:
     )
     entry = _object({"object": {"const": "hits"}, "index": WHOLE, "hits": {"type": "array", "items": hit}})
     number: Schema = {"type": "number"}
-    stage = _object({"stage": TEXT, "considered": WHOLE, "kept": WHOLE, "milliseconds": number})
+    each: Schema = {"type": "array", "items": WHOLE}
+    stage = _object({"stage": TEXT, "considered": WHOLE, "kept": WHOLE, "milliseconds": number, "each": each})
     properties = {
         "object": {"const": "list"},
         "data": {"type": "array", "items": entry},

@@ -14,6 +14,8 @@ Float32s = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Found = tuple[Float32s, Rows]
 """Scores, larger is better, and rows of one query."""
+Scored = tuple[Float32s | None, Rows]
+"""The same; no scores where all rows came back unscored."""
 
 
 class Allowed:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from matryo.core.codecs import Int8
 from matryo.index.column import Column
 from matryo.index.funnel import barred_cost, best
-from matryo.index.scans.common import Allowed, Float32s, Found, Rows, asked_first, filled, settled
+from matryo.index.scans.common import Allowed, Float32s, Found, Rows, Scored, asked_first, filled, settled
 from matryo.index.trained import faiss_module
 
 COSTS_AT_A_TIME = 1 << 24
@@ -24,17 +24,17 @@ DENSE_SHARE = 4
 QUANTIZERS = {"float16": "QT_fp16", "bfloat16": "QT_bf16", "int8": "QT_8bit_uniform"}
 
 
-def scan_column(column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None) -> list[Rows]:
+def scan_column(column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None) -> list[Scored]:
     """The n best rows among first:end for each query, ascending; the lower row among equals."""
     count = end if allowed is None else allowed.count
     if n >= count:
         every = np.arange(end) if allowed is None else allowed.rows
-        return [every for _ in queries_QD]
+        return [(None, every) for _ in queries_QD]
     if column.name == "binary":
         return _by_distance(column, queries_QD, n, end, allowed)
     if column.name in ("float32", *QUANTIZERS) and n * DENSE_SHARE < end:
         return _by_faiss(column, queries_QD, n, end, allowed, count)
-    return [rows for _, rows in dense(column, queries_QD, n, end, allowed)]
+    return list(dense(column, queries_QD, n, end, allowed))
 
 
 def dense(
@@ -57,8 +57,8 @@ def dense(
     return found
 
 
-def _by_distance(column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None) -> list[Rows]:
-    """The n lowest Hamming distances among rows 0:end."""
+def _by_distance(column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None) -> list[Scored]:
+    """The n lowest Hamming distances among rows 0:end, scored as cosines of the bits."""
     shortlists = [_Lowest(n) for _ in queries_QD]
     coded = column.coded(queries_QD)
     stop = 0
@@ -70,7 +70,8 @@ def _by_distance(column: Column, queries_QD: Float32s, n: int, end: int, allowed
             if barred is not None:
                 np.copyto(costs, barred_cost(costs), where=barred)
             shortlist.add(costs, start)
-    return [shortlist.rows() for shortlist in shortlists]
+    step = np.float32(2 / column.width)
+    return [(1 - step * costs, rows) for costs, rows in (shortlist.found() for shortlist in shortlists)]
 
 
 class _Lowest:
@@ -97,14 +98,14 @@ class _Lowest:
         if len(kept) == self.n:
             self._limit = int(self._costs[0].max())
 
-    def rows(self) -> Rows:
-        """Ascending."""
-        return np.concatenate(self._rows)
+    def found(self) -> tuple[NDArray[np.int32], Rows]:
+        """Costs and rows, by ascending rows."""
+        return np.concatenate(self._costs), np.concatenate(self._rows)
 
 
 def _by_faiss(
     column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None, count: int
-) -> list[Rows]:
+) -> list[Scored]:
     index = flat_index(column, end)
     queries = np.ascontiguousarray(queries_QD[:, : column.width])
     if isinstance(column.codec, Int8):
@@ -119,7 +120,7 @@ def _by_faiss(
         scores, rows = index.search(queries[number : number + 1], more, params=chosen)
         return filled(scores[0], rows[0])
 
-    return [settled(partial(once_more, number), n, count)[1] for number in range(len(queries))]
+    return [settled(partial(once_more, number), n, count) for number in range(len(queries))]
 
 
 def flat_index(column: Column, end: int) -> Any:

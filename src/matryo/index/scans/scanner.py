@@ -17,7 +17,7 @@ from matryo.core.errors import MatryoError
 from matryo.core.plan import Plan, Stage
 from matryo.index.column import Column, Stored
 from matryo.index.scans.cells import Cells
-from matryo.index.scans.common import Allowed, Found, Rows, first
+from matryo.index.scans.common import Allowed, Found, Scored, first
 from matryo.index.scans.flat import dense, scan_column
 from matryo.index.scans.graph import Graph
 
@@ -108,12 +108,12 @@ class Scanner:
 
     def scan(
         self, stage: Stage, queries_QD: Float32s, n: int, vectors: Stored, end: int, allowed: Allowed | None
-    ) -> list[Rows]:
+    ) -> list[Scored]:
         """The n best rows among 0:end for each query, ascending; all allowed ones where there are no more than n."""
         count = end if allowed is None else allowed.count
         if n >= count or not len(queries_QD):
             every = np.arange(end) if allowed is None else allowed.rows
-            return [every for _ in queries_QD]
+            return [(None, every) for _ in queries_QD]
         sealed, tail = self.cover(vectors, end)
         options = dict(stage.options)
         if sealed is None:
@@ -122,13 +122,13 @@ class Scanner:
         found = dense(tail, queries_QD, n, end, allowed, hamming_of_bits=False) if end > tail.first else []
         if sealed.rows > end and allowed is None:
             allowed = Allowed(np.ones(end, dtype=bool))
-        answers: list[Rows] = []
+        answers: list[Scored] = []
         for number, (scores, rows) in enumerate(sealed.search(queries_QD, n, allowed, options)):
             if found:
                 late_scores, late_rows = found[number]
                 scores, rows = np.concatenate([scores, late_scores]), np.concatenate([rows, late_rows])
-                rows = first(scores, rows, n)[1]
-            answers.append(rows)
+                scores, rows = first(scores, rows, n)
+            answers.append((scores, rows))
         return answers
 
     def cover(self, vectors: Stored, end: int) -> tuple[Sealed | None, Column]:
