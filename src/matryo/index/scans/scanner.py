@@ -17,7 +17,7 @@ from matryo.core.errors import MatryoError
 from matryo.core.plan import Plan, Stage
 from matryo.index.column import Column, Stored
 from matryo.index.scans.cells import Cells
-from matryo.index.scans.common import Allowed, Found, Scored, first
+from matryo.index.scans.common import Allowed, Found, Rows, Scored, first
 from matryo.index.scans.flat import dense, scan_column
 from matryo.index.scans.graph import Graph
 
