@@ -38,6 +38,6 @@ def test_the_lowest_distances(rows, width, n, seed, share):
         for mask in (None, rng.random(rows) < share):
             allowed = None if mask is None else Allowed(mask)
             there = np.arange(rows) if mask is None else np.flatnonzero(mask)
-            for query, found in zip(queries, module.scan_column(column, queries, n, rows, allowed), strict=True):
+            for query, (_, found) in zip(queries, module.scan_column(column, queries, n, rows, allowed), strict=True):
                 costs = ((base[there] > 0) != (query > 0)).sum(axis=1)
                 assert found.tolist() == np.sort(there[np.argsort(costs, kind="stable")[:n]]).tolist()

@@ -9,11 +9,12 @@ KEEP = 100
 """A place-holder: the shortlist is calibrated."""
 PRODUCT_BYTES = (16, 32, 64)
 Variant = tuple[str, tuple[tuple[str, int], ...], tuple[str, ...]]
+CELLS = (("cells", 256), ("probe", 32))
 VARIANTS: tuple[Variant, ...] = (
     ("flat", (), ()),
     ("ivf", (), ("binary",)),
     ("hnsw", (("M", 32), ("ef", 100)), ("float16", "int8", "int4")),
-    ("ivf", (("cells", 256), ("probe", 32)), ("int4", "binary", "rabitq", "pq")),
+    ("ivf", CELLS, ("int4", "binary", "rabitq", "pq")),
 )
 """Scan, its options, and the codes it is tried over, all if none is named. One cell of bits is a flat scan in which
 the float query meets the bits; codes other than binary are scanned so anyway."""
@@ -21,8 +22,13 @@ GRAPH_ITEMS = 50_000
 """Graphs and cells are tried from so many items on; below, an exhaustive scan of a short code is as fast."""
 
 
+SHARE = 4
+"""Of a middle stage's shortlist to the first one's."""
+
+
 def candidates(full: int, items: int, widths: list[int] | None = None) -> list[Plan]:
-    """Two stages each: a scan of a code, then exact scores at full width; and full width alone.
+    """Two stages: a scan of a code, then exact scores at full width; three, with a wider code between a scan of few
+    bits and the exact scores, so that fewer rows are read from the disk; and full width alone.
 
     The full width takes part in every code, so a code of all dimensions competes with one of a prefix at equal bytes.
     """
@@ -34,8 +40,14 @@ def candidates(full: int, items: int, widths: list[int] | None = None) -> list[P
         for width in chosen[1:4] if options else chosen:
             for code in _codes():
                 if not over or code.rstrip("0123456789") in over or code in over:
-                    plan = _runs(Stage(width, code, scan, options, KEEP), full)
-                    found += [plan] if plan else []
+                    found += _runs([Stage(width, code, scan, options, KEEP)], full)
+    for width, wider in zip(chosen[2:5], chosen[1:4], strict=False):
+        for code in ("binary", "int8"):
+            stages = [Stage(width, "binary", keep=SHARE * KEEP), Stage(wider, code, keep=KEEP)]
+            found += _runs(stages, full)
+    for width in chosen[1:3] if items >= GRAPH_ITEMS else []:
+        for code in ("int4", "pq32", "binary"):
+            found += _runs([Stage(width, code, "ivf", (*CELLS, ("at", max(8, width // 2))), KEEP)], full)
     return found
 
 
@@ -46,9 +58,8 @@ def halves(full: int) -> list[int]:
 
 
 def least_bytes(plan: Plan) -> int:
-    """Bytes an item's code takes at least in memory; 0 where the first stage reads the vectors file."""
-    first = plan.stages[0]
-    return 0 if len(plan.stages) == 1 else index_codec(first.code, first.width).bytes_per_item
+    """Bytes an item's codes take at least in memory; 0 where the first stage reads the vectors file."""
+    return sum(index_codec(stage.code, stage.width).bytes_per_item for stage in plan.stages[:-1])
 
 
 def _codes() -> list[str]:
@@ -57,11 +68,11 @@ def _codes() -> list[str]:
     return names + [f"pq{n}" for n in PRODUCT_BYTES if len(names) < len(CODES)]
 
 
-def _runs(first: Stage, full: int) -> Plan | None:
-    """The plan if the index can run it."""
+def _runs(stages: list[Stage], full: int) -> list[Plan]:
+    """The plan that ends in exact scores, if the index can run it."""
     try:
-        plan = check_plan(Plan((first, Stage(full, "float32"))), full)
+        plan = check_plan(Plan((*stages, Stage(full, "float32"))), full)
         least_bytes(plan)
     except InputError:
-        return None
-    return None if (first.width, first.code) == (full, "float32") else plan
+        return []
+    return [] if (stages[0].width, stages[0].code) == (full, "float32") else [plan]

@@ -123,7 +123,8 @@ def plan(
         "candidates": run.started,
         "asked": "held-out items as queries" if held else f"new queries like the {len(asked)} given",
         "memory": limit, "latency": most, "budget": seconds, "seconds": round(time.perf_counter() - started, 2),
-        "model": "ms = scan (a + b N, graphs a + b log N) + after (c + d shortlist) + rest; shortlist ~ N^f",
+        "model": "ms = scan (measured + b N, b over repeated codes; cells a + b N, graphs a + b log N) + after (c + d "
+                 "shortlist) + rest; shortlist ~ N^f",
     }  # fmt: skip
     return _settled(found, run.rejected, limit, most, (alone, reranked), facts)
 
@@ -252,7 +253,7 @@ class _Run:
             done.append((name_of(plan), trial))
         sample.time([trial for _, trial in done])
         for name, trial in done:
-            self.history.setdefault(name, []).append(sample.measured(trial))
+            self.history.setdefault(name, []).append(sample.measured(trial, self.items))
         return done
 
     def _expected(self, plan: Plan, count: int) -> int | None:
@@ -283,7 +284,7 @@ class _Run:
         self.finished = kept
         self.sample.time([trial for _, trial in kept])
         for name, trial in kept:
-            self.history[name][-1] = self.sample.measured(trial)
+            self.history[name][-1] = self.sample.measured(trial, self.items)
 
     def _survivors(self) -> list[Plan]:
         """The better half by how far each is beaten at the size to come, and all that are not clearly beaten.

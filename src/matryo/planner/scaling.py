@@ -3,9 +3,10 @@
 A search is three parts, each measured by itself: the first stage's scan, what comes after it (reranks and the last
 ordering), and the rest of the call. With N items and a first shortlist of n:
 
-    scan  = a + b N     for flat scans and cells; a + b log N for graphs
+    scan  = measured + b (N - measured N)    for flat scans, b measured over the same codes repeated, see `Trial`
+            a + b N                          for cells; a + b log N for graphs
     after = c + d n
-    rest  = its mean
+    rest  = its median
     n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall, longer by what the promise adds to it
 
 Lines are fitted to relative errors, with a, b, c, d >= 0; large sizes weigh more, in proportion, for what no longer
@@ -38,6 +39,8 @@ class Measured:
     code_bytes: int
     disk_bytes: int
     build_s: float
+    item_ms: float | None = None
+    """What a further item adds to the scan, once the codes are several times as many; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,12 @@ def predict(measured: list[Measured], items: int, graph: bool, margin: float | N
     least = max(float(last.least), _power(sizes, np.array([m.least for m in measured], dtype=np.float64), items))
     keep = margin * least
     grown = (np.log(sizes), float(np.log(items))) if graph else (sizes, float(items))
-    scan = _line(grown[0], np.array([m.scan_ms for m in measured]), grown[1])
+    if last.item_ms is None or items < last.items:
+        scan = _line(grown[0], np.array([m.scan_ms for m in measured]), grown[1])
+    else:
+        scan = last.scan_ms + last.item_ms * (items - last.items)
     after = _line(keeps, np.array([m.after_ms for m in measured]), keep)
-    rest = float(np.mean([max(0.0, m.ms - m.scan_ms - m.after_ms) for m in measured]))
+    rest = float(np.median([max(0.0, m.ms - m.scan_ms - m.after_ms) for m in measured]))
     build = sizes * np.log(sizes) if graph else sizes
     at = items * float(np.log(items)) if graph else float(items)
     return Predicted(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,19 @@ from matryo.core.plan import Plan, Stage
 from matryo.core.promise import Floats, smallest
 from matryo.index import Index
 from matryo.index.calibration import ladder_of
+from matryo.index.codes import held_as
+from matryo.index.column import Column
+from matryo.index.scans.bounds import NAME as BOUNDS
+from matryo.index.scans.bounds import Bounds
+from matryo.index.scans.flat import flat_index, scan_column
 from matryo.planner.scaling import Measured
 
 Float32s = NDArray[np.float32]
 TIMED = 12
 """Queries timed at a time, after which the next plan takes its turn."""
 TURNS = 4
+REPEATED, REPEATED_BYTES = 8, 1 << 28
+"""How many times a sample's codes are repeated at most, and to how many bytes. More copies would tie in a shortlist."""
 FEW = 60
 """Queries that size a shortlist while plans are compared; all of them make the promise, at the end."""
 
@@ -117,8 +125,45 @@ class Sample:
                     first, *later = [stage.milliseconds for stage in hits.explanation or ()]
                     trial.times.append((took, first, sum(later)))
 
-    def measured(self, trial: Trial) -> Measured:
-        """The medians of a timed trial."""
+    def item_ms(self, trial: Trial, items: int) -> float | None:
+        """Milliseconds that a further item adds to a flat scan; None for what is not a flat scan of a column.
+
+        The sample's codes lie in a cache that those of all items would not fit. So they are repeated, up to the items
+        to come or REPEATED times or REPEATED_BYTES, and scanned beside the sample's own, in turns.
+        """
+        snapshot = trial.index._current()
+        first = trial.plan.stages[0]
+        exact = first == Stage(self.full, "float32")
+        column = snapshot.codes.loaded().get((first.width, BOUNDS if exact else held_as(first, first=True)))
+        if not isinstance(column, Column) or not column.rows:
+            return None
+        row_bytes = column.nbytes // column.rows
+        most = min(REPEATED * column.rows, max(2 * column.rows, REPEATED_BYTES // row_bytes))
+        count = min(items, most)
+        if count <= column.rows:
+            return None
+        larger = copy(column)
+        larger.parts = [np.resize(part[: column.rows], (count, *part.shape[1:])) for part in column.parts]
+        larger.rows, larger.view = count, None
+        keep = first.keep or 4 * self.target.k + 64
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for turn in range(TURNS):
+            for long, over in ((False, column), (True, larger)):
+                for n in range(TIMED):
+                    query = self.queries[None, (turn * TIMED + n) % len(self.queries)]
+                    asked = column.codec.queries(query) if isinstance(column.codec, Bounds) else query
+                    started = time.perf_counter()
+                    if exact:
+                        flat_index(over, over.rows).search(asked, keep)
+                    else:
+                        scan_column(over, asked, keep, over.rows, None)
+                    if n:  # the first of a turn fills the cache
+                        times[long].append((time.perf_counter() - started) * 1e3)
+        more = float(np.median(times[True]) - np.median(times[False]))
+        return max(0.0, more) / (count - column.rows)
+
+    def measured(self, trial: Trial, items: int) -> Measured:
+        """The medians of a timed trial, and how its scan grows towards so many items."""
         stats: dict[str, Any] = trial.index.stats()
         whole, scan, after = np.array(trial.times).T
         low, middle, high = np.quantile(whole, [0.1, 0.5, 0.9])
@@ -134,6 +179,7 @@ class Sample:
             sum(stats["codes"].values()),
             stats["vector_bytes"],
             trial.build_s,
+            self.item_ms(trial, items),
         )
 
     def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:

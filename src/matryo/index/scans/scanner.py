@@ -56,7 +56,7 @@ class Sealed(Protocol):
 def sealed_name(stage: Stage) -> str:
     """What a scan of this stage builds, as text: `pq32 flat`, `int8 hnsw(M=32)`; same text, same structure."""
     kept = tuple(sorted(option for option in stage.options if option[0] not in QUERY_OPTIONS))
-    text = str(replace(stage, options=kept, keep=None)).split(":", 1)[1]
+    text = str(replace(stage, options=kept, keep=None, within=None)).split(":", 1)[1]
     return f"{text} flat" if stage.scan == "flat" else text
 
 
