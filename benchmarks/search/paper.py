@@ -148,6 +148,7 @@ def built(folder: Path, vectors: np.ndarray, numbers: np.ndarray, scans: list[st
             began = time.perf_counter()
             # Closed after each, so that it is saved.
             with Index.open(folder) as index:
+                index.prepare(plan)
                 index.search(vectors[numbers[0]], K, plan=plan)
             print(f"{plan}: there after {time.perf_counter() - began:.0f} s", flush=True)
     return folder

@@ -116,7 +116,7 @@ def test_a_short_budget_leaves_out_what_it_must_and_says_so(data, monkeypatch):
     # A clock that a second passes on whenever it is read, about once a plan: time for one sample, not for all promises.
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
     monkeypatch.setattr(sys.modules["matryo.planner.plan"], "time", clock)
-    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget=2 * len(candidates(64, 2000)))
+    found = mt.plan(rows, queries[:400], recall=0.8, confidence=0.9, budget=1.8 * len(candidates(64, 2000)))
     assert found.facts["sizes"] == [250]
     assert found.best
     assert any("the budget was used up" in row.reason for row in found.rejected)
