@@ -250,10 +250,11 @@ def examine(folder: Path, catalogue: cat.Catalogue) -> CheckReport:
             for name, (size, noted, _) in sorted(snapshot.codes.manifest.items()):
                 path = folder / "codes" / name
                 files.append(f"codes/{name}")
-                if not path.is_file():
+                try:
+                    if path.stat().st_size != size or digest(path) != noted:
+                        notes.append(f"{path} is damaged; it is derived and will be made again")
+                except FileNotFoundError:  # a compaction may have removed it this moment
                     notes.append(f"{path} is gone; it is derived and will be made again")
-                elif path.stat().st_size != size or digest(path) != noted:
-                    notes.append(f"{path} is damaged; it is derived and will be made again")
     except MatryoError as error:
         problems.append(str(error))
     return CheckReport(tuple(files), tuple(problems), tuple(notes))
