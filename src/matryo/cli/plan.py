@@ -67,7 +67,7 @@ def plan(
 
 def plan_text(text: str | None) -> str | None:
     """A plan as it was given, or the one in a `plan.yaml`."""
-    if text is None or not text.endswith((".yaml", ".yml")):
+    if text is None or not text.endswith((".yaml", ".yml", ".json")):
         return text
     import yaml
 
@@ -76,6 +76,8 @@ def plan_text(text: str | None) -> str | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable file of `matryo plan` ({' '.join(str(error).split())})") from error
+    if path.suffix == ".json" and isinstance(content, dict) and isinstance(content.get("best"), dict):
+        content = {"plan": content["best"].get("planned")}
     if not isinstance(content, dict) or not isinstance(content.get("plan"), str):
         raise InputError(f"{path}: holds no 'plan: ...'; make one with matryo plan VECTORS QUERIES --out {path}")
     return str(content["plan"])

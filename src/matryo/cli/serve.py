@@ -17,6 +17,7 @@ def add(app: typer.Typer) -> None:
 def serve(
     model: Annotated[str, typer.Argument(help="Model folder.")],
     index: Annotated[Path | None, typer.Option(help="Index folder that /v1/search answers from.")] = None,
+    plans: Annotated[Path | None, typer.Option(help="File of matryo plan (.json, .yaml) for the page.")] = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback it needs --api-keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
     backend: Annotated[str, typer.Option(help="auto, static, onnx, openvino or torch.")] = "auto",
@@ -36,7 +37,7 @@ def serve(
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Put input texts into those lines.")] = False,
     traces: Annotated[bool, typer.Option("--traces", help="Send OpenTelemetry traces; needs the otel extra.")] = False,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's /v1/embeddings and any width as 'dimensions'.
+    """Serve a model over HTTP, with OpenAI's /v1/embeddings and any width as 'dimensions', and a page to try it.
 
     Example: matryo serve runs/first --index docs.matryo
     """
@@ -47,6 +48,7 @@ def serve(
         Settings(
             model=model,
             index=None if index is None else str(index),
+            plans=None if plans is None else str(plans),
             host=host,
             port=port,
             backend=backend,

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from matryo.core.errors import DamagedError, InputError, StorageError
 from matryo.core.files import fsync_folder, storage_errors
-from matryo.core.plan import Plan
+from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import check_width
 from matryo.core.promise import Floats, Promise
 from matryo.index import calibration
@@ -37,6 +37,7 @@ from matryo.index.opening import (
     unit_queries,
     whole_reading,
 )
+from matryo.index.prefixes import nearest
 from matryo.index.snapshot import VERIFY_AT_OPEN, Snapshot, View, derived, load_snapshot, vectors_path
 from matryo.index.vectors import check_rows, unit_chunks
 from matryo.index.where import compile_where
@@ -226,6 +227,7 @@ class Index:
         plan: str | Plan | None = None,
         where: dict[str, Any] | None = None,
         explain: bool = False,
+        width: int | None = None,
     ) -> Hits:
         """The k best items for each query, by the index's plan or the one given, among those that match `where`.
 
@@ -234,22 +236,32 @@ class Index:
             k: at least 1. A stage never hands on fewer than k, whatever its `keep`.
             where: a metadata filter, see `matryo.index.where`. It acts inside the first stage, so a full `keep` of
                 matching rows goes on; when few rows match they are all scored exactly instead.
+            width: answer by the cosines of the first `width` dimensions alone, exactly, as an index of that width
+                would; the scores are those cosines. It takes the place of a plan, and keeps nothing in memory.
 
         Raises:
-            InputError: a query, the plan or the filter is wrong. DamagedError: what it needed is damaged.
+            InputError: a query, the plan, the width or the filter is wrong. DamagedError: what it needed is damaged.
         """
         k = check_k(k)
+        if width is not None and plan is not None:
+            raise InputError("width is a search without a plan; give one of the two")
         condition = None if where is None else compile_where(where)
         reports: list[StageReport] | None = [] if explain else None
         with self._reading() as (connection, snapshot):
             state = snapshot.state
             chosen = checked_plan(state.plan if plan is None else plan, state.width)
             unit = unit_queries(queries, state.width)
-            if condition is None:
-                answers = run(chosen, unit, k, View(snapshot), reports)
-            else:
+            if width is not None:
+                chosen, width = Plan((Stage(state.width, "float32"),)), check_width(width, state.width)
+            matches = None
+            if condition is not None:
                 self._verify_items(connection, snapshot)
                 matches = matching(connection, snapshot, condition)
+            if width is not None and width < state.width:
+                answers = nearest(View(snapshot, matches), unit, width, k, reports)
+            elif matches is None:
+                answers = run(chosen, unit, k, View(snapshot), reports)
+            else:
                 answers = filtered(snapshot, matches, chosen, unit, k, reports)
             hits = hits_of(connection, answers, reports)
             if explain:

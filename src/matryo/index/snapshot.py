@@ -127,6 +127,22 @@ class View:
         """Rows that may come back."""
         return self._snapshot.state.end if self._allowed is None else self._allowed.count
 
+    @property
+    def end(self) -> int:
+        """Rows of the vectors file, dead ones included."""
+        return self._snapshot.state.end
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """(end,) which rows may come back; None where all may."""
+        return None if self._allowed is None else self._allowed.mask
+
+    def prefixes(self, start: int, stop: int, width: int) -> Float32s:
+        """(stop - start, width) the first numbers of rows as they are stored, not scaled back to length 1."""
+        vectors = self._snapshot.vectors
+        vectors.ensure_all()
+        return floats(vectors.stored[start:stop, :width])
+
     def scan(self, stage: Stage, queries_QD: Float32s, n: int) -> list[Scored]:
         """The n best rows for each query by this stage's code; exact ones come without scores."""
         end = self._snapshot.state.end

@@ -41,6 +41,16 @@ def described(service: Service, name: str) -> dict[str, Any]:
     }
 
 
+async def index(service: Service, call: Call) -> Answer:
+    """What is searched: how many items, by which plan, what that takes, and what the planner found where it was told.
+
+    `plan_bytes_per_item` is of the codes that the plan holds in memory; None until the first search by it.
+    """
+    if service.searcher is None:
+        raise ApiError(404, "This server has no index; it was started without --index.", code="no_index")
+    return as_json({"object": "index", **await service.searcher.described(), "plans": service.plans})
+
+
 async def health(service: Service, call: Call) -> Answer:
     """The process is alive. Says nothing of the model: see `ready`."""
     return as_json({"status": "ok"})

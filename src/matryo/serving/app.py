@@ -17,6 +17,7 @@ from matryo.serving.door import Endpoint, refusal
 from matryo.serving.embeddings import embeddings
 from matryo.serving.engines import choose
 from matryo.serving.errors import ApiError, internal
+from matryo.serving.files import page
 from matryo.serving.machine import threads_for
 from matryo.serving.openapi import openapi
 from matryo.serving.search import Searcher, search
@@ -42,6 +43,9 @@ def routes(service: Service) -> list[Route]:
         Route("/v1/search", Endpoint(service, "search", search, reads=True, work=True), methods=["POST"]),
         Route("/v1/models", Endpoint(service, "models", about.models), methods=["GET"]),
         Route("/v1/models/{model:path}", Endpoint(service, "model", about.model), methods=["GET"]),
+        Route("/v1/index", Endpoint(service, "index", about.index), methods=["GET"]),
+        Route("/", Endpoint(service, "page", page, scope=None), methods=["GET"]),
+        Route("/page/{name}", Endpoint(service, "page", page, scope=None), methods=["GET"]),
         Route("/health", Endpoint(service, "health", about.health, scope=None), methods=["GET"]),
         Route("/ready", Endpoint(service, "ready", about.ready, scope=None), methods=["GET"]),
         Route("/openapi.json", Endpoint(service, "openapi", openapi), methods=["GET"]),

@@ -94,7 +94,11 @@ class Endpoint:
             raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=1)
         if self.scope is not None and service.keys is not None:
             self._admit(call)
-        elif not service.settings.insecure and not names_loopback(call.headers.get(b"host", b"").decode("latin-1")):
+        elif (
+            service.keys is None
+            and not service.settings.insecure
+            and not names_loopback(call.headers.get(b"host", b"").decode("latin-1"))
+        ):
             raise ApiError(
                 403,
                 "Without keys this server answers to the names of its own machine only; call it as localhost, or start "

@@ -24,12 +24,15 @@ async def openapi(service: Service, call: Call) -> Answer:
 
 def document(service: Service) -> dict[str, Any]:
     """OpenAPI 3.1 for one server."""
-    named = {name: {"$ref": f"#/components/schemas/{name}"} for name in ("Embeddings", "Search", "Models", "Model")}
+    named = {
+        name: {"$ref": f"#/components/schemas/{name}"} for name in ("Embeddings", "Search", "Models", "Model", "Index")
+    }
     paths = {
         "/v1/embeddings": {"post": _operation("Encode texts", named["Embeddings"], _embeddings_request(service))},
         "/v1/search": {"post": _operation("Search the index", named["Search"], _search_request(service))},
         "/v1/models": {"get": _operation("What is served", named["Models"])},
         "/v1/models/{model}": {"get": _operation("One model", named["Model"], path="model")},
+        "/v1/index": {"get": _operation("What is searched", named["Index"])},
         "/health": {"get": _operation("Whether the process is alive", {"type": "object"}, open_to_all=True)},
         "/ready": {"get": _operation("Whether it can encode", {"type": "object"}, open_to_all=True)},
     }
@@ -37,13 +40,14 @@ def document(service: Service) -> dict[str, Any]:
     metrics["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     paths["/metrics"] = {"get": metrics}
     if service.searcher is None:
-        del paths["/v1/search"]
+        del paths["/v1/search"], paths["/v1/index"]
     schemas = {
         "Error": _error(),
         "Embeddings": _embeddings_answer(),
         "Search": _search_answer(),
         "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": named["Model"]}}),
         "Model": _model(),
+        "Index": _index(),
     }
     return {
         "openapi": "3.1.0",
@@ -93,13 +97,11 @@ def _embeddings_request(service: Service) -> Schema:
             "items": {"type": "integer", "minimum": 0, "maximum": allowed.vocabulary - 1}
         }
         kinds += [ids, {"type": "array", "items": ids, "minItems": 1, "maxItems": allowed.max_inputs}]
-    width: Schema = {"type": "integer", "minimum": 1, "maximum": allowed.width}
-    width |= {"enum": list(allowed.widths)} if allowed.widths is not None else {}
     types: Schema = {"type": "string", "enum": sorted({"query", "document", *allowed.prompts})}
     properties: dict[str, Any] = {
         "model": {"type": "string", "enum": list(allowed.names)},
         "input": {"anyOf": kinds},
-        **{name: _maybe(width) for name in WIDTHS},
+        **{name: _maybe(_width(service)) for name in WIDTHS},
         "encoding_format": _maybe({"type": "string", "enum": ["float", "base64"], "default": "float"}),
         "output_dtype": _maybe({"type": "string", "enum": list(DTYPES), "default": "float"}),
         "input_type": _maybe(types),
@@ -113,8 +115,13 @@ def _embeddings_request(service: Service) -> Schema:
 
 def _search_request(service: Service) -> Schema:
     texts: Schema = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": service.allowed.max_inputs}
+    numbers = {"type": "array", "items": {"type": "number"}}
+    numbers |= {"minItems": service.allowed.width, "maxItems": service.allowed.width}
+    coded = {"type": "string", "contentEncoding": "base64"}
     properties = {
-        "query": {"anyOf": [TEXT, texts]},
+        "query": _maybe({"anyOf": [TEXT, texts]}),
+        "vector": _maybe({"anyOf": [numbers, coded]}),
+        "dimensions": _maybe(_width(service)),
         "model": _maybe({"type": "string", "enum": list(service.allowed.names)}),
         "k": _maybe({"type": "integer", "minimum": 1, "maximum": MOST_HITS, "default": 10}),
         "plan": _maybe({"type": "string"}),
@@ -122,7 +129,17 @@ def _search_request(service: Service) -> Schema:
         "explain": _maybe({"type": "boolean", "default": False}),
         "user": _maybe({"type": "string"}),
     }
-    return _object(properties, tuple(name for name in properties if name != "query"), closed=True)
+    one_of = [
+        {"required": [asked], "properties": {asked: {"not": {"type": "null"}}, other: {"type": "null"}}}
+        for asked, other in (("query", "vector"), ("vector", "query"))
+    ]
+    return _object(properties, tuple(properties), closed=True) | {"oneOf": one_of}
+
+
+def _width(service: Service) -> Schema:
+    allowed = service.allowed
+    width: Schema = {"type": "integer", "minimum": 1, "maximum": allowed.width}
+    return width | ({"enum": list(allowed.widths)} if allowed.widths is not None else {})
 
 
 def _embeddings_answer() -> Schema:
@@ -180,6 +197,24 @@ def _model() -> Schema:
             "backend": {"type": "string"},
             "revision": _maybe({"type": "string"}),
             "quality": {"type": "array", "items": {"type": "object"}},
+        },
+        closed=True,
+    )
+
+
+def _index() -> Schema:
+    number: Schema = {"type": "number"}
+    return _object(
+        {
+            "object": {"const": "index"},
+            "items": WHOLE,
+            "width": WHOLE,
+            "plan": TEXT,
+            "promise": _maybe({"type": "object"}),
+            "store": TEXT,
+            "bytes_per_item": {"type": "object", "additionalProperties": number},
+            "plan_bytes_per_item": _maybe(number),
+            "plans": _maybe({"type": "object"}),
         },
         closed=True,
     )

@@ -1,6 +1,8 @@
-"""`POST /v1/search`: texts in, items of an index out, coarse to fine."""
+"""`POST /v1/search`: texts or a vector in, items of an index out, coarse to fine or by a prefix alone."""
 
 import asyncio
+import base64
+import binascii
 import logging
 import time
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan
 from matryo.index import Hits, Index
+from matryo.index.codes import held_as
 from matryo.index.where import compile_where
 from matryo.serving.door import Answer, as_json
 from matryo.serving.engines import Choice
@@ -26,12 +29,15 @@ from matryo.serving.fields import (
     kind,
     read_json,
     read_model,
+    read_width,
     refuse_unknown,
     text,
 )
 from matryo.serving.service import Call, Service
 
-FIELDS = frozenset({"model", "query", "k", "plan", "where", "explain", "user"})
+Float32s = NDArray[np.float32]
+
+FIELDS = frozenset({"model", "query", "vector", "dimensions", "k", "plan", "where", "explain", "user"})
 MOST_HITS = 1000
 MOST_CONDITIONS = 200
 MOST_WAITING = 256
@@ -61,7 +67,7 @@ class Searcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="matryo-search")
         self._waiting = 0
 
-    async def search(self, queries_QD: NDArray[np.float32], **options: Any) -> Hits:
+    async def search(self, queries_QD: Float32s, **options: Any) -> Hits:
         """`Index.search` in a thread.
 
         Raises:
@@ -78,6 +84,12 @@ class Searcher:
             raise invalid("plan", str(error)) from error
         finally:
             self._waiting -= 1
+
+    async def described(self) -> dict[str, Any]:
+        """Facts of the index, none of which name a place on the disk."""
+        stats = await asyncio.get_running_loop().run_in_executor(self._threads, self.index.stats)
+        kept = ("items", "width", "plan", "promise", "store", "bytes_per_item")
+        return {name: stats[name] for name in kept} | {"plan_bytes_per_item": _held(stats)}
 
     def close(self) -> None:
         """Let searches that run finish, and close the index."""
@@ -101,43 +113,61 @@ def _same_model(folder: str, stats: dict[str, Any], choice: Choice) -> None:
         )
 
 
+def _held(stats: dict[str, Any]) -> float | None:
+    """Bytes an item of the codes that the index's own plan keeps in memory, where they are loaded."""
+    stages = Plan.parse(stats["plan"]).stages
+    names = [
+        f"{stage.width}:{held_as(stage, first=n == 0)}"
+        for n, stage in enumerate(stages)
+        if not (
+            stage.code in ("float32", stats["store"]) and (n or (len(stages) == 1 and stage.width == stats["width"]))
+        )
+    ]
+    loaded = stats["bytes_per_item"]
+    return sum(loaded[name] for name in names) if all(name in loaded for name in names) else None
+
+
 async def search(service: Service, call: Call) -> Answer:
     """The best items for each query, with what each stage did if asked to explain."""
     searcher = service.searcher
     if searcher is None:
         raise ApiError(404, "This server has no index; it was started without --index.", code="no_index")
     fields = read_json(call.body)
-    texts, options = read_search(fields, service.allowed)
-    call.texts = texts
-    prompt = "query" if "query" in service.allowed.prompts else None
-    inputs = service.fitted(await service.tokens(texts, prompt), False, "query")
-    queries = await service.encode(call, inputs, service.engine.width, "query")
+    asked, options = read_search(fields, service.allowed)
+    width = options["width"]
+    if isinstance(asked, np.ndarray):
+        queries, call.width = asked, service.engine.width
+    else:
+        call.texts = asked
+        prompt = "query" if "query" in service.allowed.prompts else None
+        inputs = service.fitted(await service.tokens(asked, prompt), False, "query")
+        queries = await service.encode(call, inputs, service.engine.width, "query")
     began = time.monotonic()
     hits = await searcher.search(queries, **options)
     call.timing["search"] = time.monotonic() - began
     data = [{"object": "hits", "index": n, "hits": _listed(hits, n)} for n in range(len(hits))]
     usage = {"prompt_tokens": call.tokens, "total_tokens": call.tokens}
     model = fields.get("model") or service.allowed.names[0]
-    found = {"object": "list", "data": data, "model": model, "plan": options["plan"] or searcher.plan, "usage": usage}
+    plan = f"{width}:float32" if width else options["plan"] or searcher.plan
+    found = {"object": "list", "data": data, "model": model, "plan": plan, "usage": usage}
     if options["explain"]:
         stages = [asdict(stage) for stage in hits.explanation or ()]
         found |= {"explanation": stages, "promise": getattr(hits, "promise", None)}
     return as_json(found)
 
 
-def read_search(fields: Fields, allowed: Allowed) -> tuple[list[str], dict[str, Any]]:
-    """Queries and what `Index.search` is to be told, all checked but what only the index knows."""
+def read_search(fields: Fields, allowed: Allowed) -> tuple[list[str] | Float32s, dict[str, Any]]:
+    """Texts, or (1, D) numbers in their place, and what `Index.search` is to be told; all checked but the filter's
+    columns and the plan's fit, which the index knows.
+    """
     refuse_unknown(fields, FIELDS)
     if fields.get("model") is not None:
         read_model(fields, allowed)
     text(fields, "user", None)
-    query = fields.get("query")
-    queries: Sequence[object] = [query] if isinstance(query, str) else query if isinstance(query, list) else ()
-    if not queries:
-        raise invalid("query", "The field 'query' is required: a text, or a list of texts.")
-    if len(queries) > allowed.max_inputs:
-        raise invalid("query", f"'query' has {len(queries)} entries; at most {allowed.max_inputs} are allowed.")
-    texts = check_texts(queries, "query")
+    asked = _vector(fields, allowed.width) if fields.get("vector") is not None else _texts(fields, allowed)
+    width = None if fields.get("dimensions") is None else read_width({"dimensions": fields["dimensions"]}, allowed)
+    if width is not None and fields.get("plan") is not None:
+        raise invalid("plan", "'dimensions' is a search without a plan; give one of the two.", "conflict")
     k = 10 if fields.get("k") is None else integer("k", fields["k"], 1, MOST_HITS)
     explain = fields.get("explain")
     if explain is not None and not isinstance(explain, bool):
@@ -150,7 +180,41 @@ def read_search(fields: Fields, allowed: Allowed) -> tuple[list[str], dict[str, 
         raise invalid("plan", str(error)) from error
     if where is not None:
         _check_where(where)
-    return texts, {"k": k, "plan": plan, "where": where, "explain": bool(explain)}
+    return asked, {"k": k, "plan": plan, "where": where, "explain": bool(explain), "width": width}
+
+
+def _texts(fields: Fields, allowed: Allowed) -> list[str]:
+    query = fields.get("query")
+    queries: Sequence[object] = [query] if isinstance(query, str) else query if isinstance(query, list) else ()
+    if not queries:
+        raise invalid("query", "The field 'query' is required: a text, or a list of texts.")
+    if len(queries) > allowed.max_inputs:
+        raise invalid("query", f"'query' has {len(queries)} entries; at most {allowed.max_inputs} are allowed.")
+    return check_texts(queries, "query")
+
+
+def _vector(fields: Fields, width: int) -> Float32s:
+    """(1, D) from what /v1/embeddings gave for a query: numbers, or their base64."""
+    if fields.get("query") is not None:
+        raise invalid("vector", "'vector' is a query that is encoded already; give it or 'query'.", "conflict")
+    value, right = fields["vector"], f"'vector' must be {width} numbers, or the base64 of as many float32."
+    if isinstance(value, str):
+        try:
+            data = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise invalid("vector", right) from error
+        if len(data) != 4 * width:
+            raise invalid("vector", right)
+        row = np.frombuffer(data, "<f4").astype(np.float32)
+    else:
+        numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+        if not numbers or len(value) != width:
+            raise invalid("vector", right)
+        with np.errstate(over="ignore"):
+            row = np.array(value, np.float64).astype(np.float32)
+    if not np.isfinite(row).all() or not row.any():
+        raise invalid("vector", "'vector' must hold finite numbers of float32, not all of them zero.")
+    return row[None]
 
 
 def _check_where(where: object) -> None:

@@ -19,6 +19,7 @@ from matryo.serving.errors import ApiError, internal, invalid
 from matryo.serving.fields import Allowed
 from matryo.serving.keys import Key, Keys, read_keys
 from matryo.serving.metrics import Metrics
+from matryo.serving.plans import read_plans
 from matryo.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Service:
         )
         self.max_input_tokens = min(settings.max_input_tokens, self.engine.max_tokens or settings.max_input_tokens)
         self.keys: Keys | None = read_keys(Path(settings.api_keys)) if settings.api_keys else None
+        self.plans = read_plans(Path(settings.plans)) if settings.plans else None
         self.metrics = Metrics((*self.trained, self.engine.width))
         self.began = time.time()
         self.draining = False

@@ -24,6 +24,8 @@ class Settings:
     """A model folder, "toy", or whatever `matryo.load` takes."""
     index: str | None = None
     """An index folder that `/v1/search` answers from."""
+    plans: str | None = None
+    """A file of `matryo plan` (.json or .yaml) whose frontier the page shows."""
     backend: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
