@@ -94,11 +94,7 @@ class Endpoint:
             raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=1)
         if self.scope is not None and service.keys is not None:
             self._admit(call)
-        elif (
-            service.keys is None
-            and not service.settings.insecure
-            and not names_loopback(call.headers.get(b"host", b"").decode("latin-1"))
-        ):
+        elif self._foreign(call):
             raise ApiError(
                 403,
                 "Without keys this server answers to the names of its own machine only; call it as localhost, or start "
@@ -108,6 +104,12 @@ class Endpoint:
         if self.reads:
             call.body = await self._read(call)
         return await self.handler(service, call)
+
+    def _foreign(self, call: Call) -> bool:
+        """Whether a server without keys is called by a name that is not its own machine's."""
+        service = self.service
+        open_to_all = service.keys is not None or service.settings.insecure
+        return not open_to_all and not names_loopback(call.headers.get(b"host", b"").decode("latin-1"))
 
     def _admit(self, call: Call) -> None:
         kind, _, presented = call.headers.get(b"authorization", b"").decode("latin-1").partition(" ")

@@ -24,8 +24,9 @@ POLICY = (
 @cache
 def files() -> dict[str, Answer]:
     """Every file of the page by its name."""
-    found = {}
-    for file in resources.files("matryo.serving").joinpath("page").iterdir():
+    found: dict[str, Answer] = {}
+    ours = resources.files("matryo")  # not of the room of pages, whose import needs jinja2
+    for file in (*ours.joinpath("serving/page").iterdir(), ours.joinpath("pages/style.css")):
         media = MEDIA.get(file.name.rpartition(".")[2])
         if media is not None:
             body = file.read_bytes()

@@ -12,6 +12,7 @@ from matryo.serving.service import Call, Service
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "minLength": 1}
 WHOLE: Schema = {"type": "integer", "minimum": 0}
+SCHEMAS = ("Embeddings", "Search", "Models", "Model", "Index")
 USAGE: Schema = {"type": "object", "required": ["prompt_tokens", "total_tokens"]} | {
     "properties": {"prompt_tokens": WHOLE, "total_tokens": WHOLE}
 }
@@ -25,7 +26,7 @@ async def openapi(service: Service, call: Call) -> Answer:
 def document(service: Service) -> dict[str, Any]:
     """OpenAPI 3.1 for one server."""
     named = {
-        name: {"$ref": f"#/components/schemas/{name}"} for name in ("Embeddings", "Search", "Models", "Model", "Index")
+        name: {"$ref": f"#/components/schemas/{name}"} for name in SCHEMAS
     }
     paths = {
         "/v1/embeddings": {"post": _operation("Encode texts", named["Embeddings"], _embeddings_request(service))},

@@ -115,15 +115,11 @@ def _same_model(folder: str, stats: dict[str, Any], choice: Choice) -> None:
 
 def _held(stats: dict[str, Any]) -> float | None:
     """Bytes an item of the codes that the index's own plan keeps in memory, where they are loaded."""
-    stages = Plan.parse(stats["plan"]).stages
-    names = [
-        f"{stage.width}:{held_as(stage, first=n == 0)}"
-        for n, stage in enumerate(stages)
-        if not (
-            stage.code in ("float32", stats["store"]) and (n or (len(stages) == 1 and stage.width == stats["width"]))
-        )
-    ]
-    loaded = stats["bytes_per_item"]
+    names, loaded = [], stats["bytes_per_item"]
+    for n, stage in enumerate(Plan.parse(stats["plan"]).stages):
+        from_the_disk = stage.code in ("float32", stats["store"]) if n else str(stage) == f"{stats['width']}:float32"
+        if not from_the_disk:
+            names.append(f"{stage.width}:{held_as(stage, first=n == 0)}")
     return sum(loaded[name] for name in names) if all(name in loaded for name in names) else None
 
 
