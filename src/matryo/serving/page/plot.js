@@ -22,7 +22,7 @@ function drawn(spec, width) {
   const right = 14 + CHARACTER * Math.max(...names.map(([name]) => Math.min(name.length, 22)));
   const points = spec.series.flatMap((series) => series.points);
   const x = scale(points.map((p) => p[0]), spec.x.log, LEFT, width - right, spec.x.pad);
-  const y = scale(points.flatMap((p) => p.slice(1).filter((v) => v != null)), spec.y.log, height - BOTTOM, TOP + 16, 0.06);
+  const y = scale(points.flatMap((p) => p.slice(1, 4).filter((v) => v != null)), spec.y.log, height - BOTTOM, TOP + 16, 0.06);
   const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": spec.label });
   for (const tick of ticks(y, spec.y.log))
     svg.append(s("line", { class: "grid", x1: LEFT, x2: width - right, y1: y(tick), y2: y(tick) }), words(LEFT - 8, y(tick) + 4, short(tick), "end"));
@@ -33,7 +33,8 @@ function drawn(spec, width) {
       svg.append(words(x(tick), height - BOTTOM + 18, short(tick), "middle"));
       last = x(tick);
     }
-  const ends = [];
+  const ends = [], under = s("g");
+  svg.append(under);
   spec.series.forEach((series, n) => {
     const group = s("g", { class: `series s${n % 6}` });
     const path = series.points.map((p) => `${x(p[0])} ${y(p[1])}`).join("L");
@@ -45,9 +46,10 @@ function drawn(spec, width) {
     if (series.points.length < 40)
       for (const p of series.points) {
         group.append(s("circle", { cx: x(p[0]), cy: y(p[1]), r: p[5] ? 6 : 3.2 }, s("title", {}, p[4] ?? `${series.name} ${short(p[0])}: ${short(p[1])}`)));
-        if (p[4]) group.append(words(x(p[0]), y(p[1]) - 11, p[4], "middle"));
+        const side = x(p[0]) > width / 2 ? -1 : 1;
+        if (p[4]) group.append(words(x(p[0]) + 12 * side, y(p[1]) + 4, p[4], side < 0 ? "end" : "start"));
       }
-    svg.append(group);
+    under.after(group); // the first series lies on top
     if (series.name) ends.push({ group, name: series.name, y: y(series.points.at(-1)[1]) });
   });
   let floor = 0;

@@ -39,7 +39,18 @@ export async function start(described, showError) {
   new ResizeObserver(onFrame(layout)).observe($("searching"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", onFrame(layout));
   describe();
+  warm();
   if (matchMedia("(hover: hover)").matches && !$("search").hidden) $("query").focus();
+}
+
+// A search before the first: what the server reads and builds on first use is not the first reader's wait.
+async function warm() {
+  const asked = { vector: [1, ...Array(index.width - 1).fill(0)], k: SHOWN };
+  try {
+    for (const more of [{}, { dimensions: index.width }, { dimensions: width }]) await post("/v1/search", { ...asked, ...more });
+  } catch {
+    // The first search says what is wrong.
+  }
 }
 
 const widths = () => [...new Set([...model.matryoshka_dimensions, index.width])].sort((a, b) => a - b);
@@ -105,11 +116,10 @@ async function lookUp() {
   try {
     const { vectors, timing } = await encode(model.id, [text], { input_type: "query", ...(depth && { depth }) }, signal);
     const asked = { vector: vectors[0].coded };
-    const [whole, byPlan, narrow] = await Promise.all([
-      search({ ...asked, k: DEPTH, dimensions: index.width }, signal),
-      search({ ...asked, k: SHOWN }, signal),
-      search({ ...asked, k: DEPTH, dimensions: width }, signal),
-    ]);
+    // One after another: at the same time each would be timed with the others' load on it.
+    const whole = await search({ ...asked, k: DEPTH, dimensions: index.width }, signal);
+    const byPlan = await search({ ...asked, k: SHOWN }, signal);
+    const narrow = await search({ ...asked, k: DEPTH, dimensions: width }, signal);
     [vector, full, planned] = [vectors[0], whole, byPlan];
     answers = new Map([[index.width, whole], [narrow.width, narrow]]);
     vector.encoding = (timing.queue ?? 0) + (timing.model ?? 0);
@@ -208,7 +218,7 @@ function way(name, plan, each, took, same, most, chosen) {
   const dots = s("svg", { viewBox: `0 0 ${most * 8} 8`, class: "dots", width: most * 8, height: 8, "aria-hidden": "true" });
   for (let n = 0; n < most; n++) dots.append(s("circle", { cx: 8 * n + 4, cy: 4, r: 2.7, class: n < same ? "on" : "off" }));
   return h("tr", { class: chosen && "chosen" },
-    h("th", { scope: "row" }, name), h("td", { class: "words plan" }, plan),
+    h("th", { scope: "row" }, name, h("span", { class: "plan" }, plan)),
     h("td", {}, each == null ? "–" : size(each)), h("td", {}, ms(took)),
     h("td", { class: "agree" }, dots, `${same} of ${most}`));
 }
@@ -266,7 +276,7 @@ function connect() {
   if (!width) return;
   moves.setAttribute("viewBox", `0 0 ${width} ${height}`);
   moves.style.height = `${height}px`;
-  const middles = (element) => new Map([...element.children].map((row) => [row.dataset.id, row.offsetTop - element.offsetTop + row.offsetHeight / 2]));
+  const middles = (element) => new Map([...element.children].map((row) => [row.dataset.id, row.offsetTop + row.offsetHeight / 2]));
   const [left, right] = [middles($("narrow")), middles($("full"))];
   const lines = [...left].filter(([id]) => right.has(id)).map(([id, y]) => {
     const to = right.get(id);
