@@ -25,9 +25,7 @@ async def openapi(service: Service, call: Call) -> Answer:
 
 def document(service: Service) -> dict[str, Any]:
     """OpenAPI 3.1 for one server."""
-    named = {
-        name: {"$ref": f"#/components/schemas/{name}"} for name in SCHEMAS
-    }
+    named = {name: {"$ref": f"#/components/schemas/{name}"} for name in SCHEMAS}
     paths = {
         "/v1/embeddings": {"post": _operation("Encode texts", named["Embeddings"], _embeddings_request(service))},
         "/v1/search": {"post": _operation("Search the index", named["Search"], _search_request(service))},

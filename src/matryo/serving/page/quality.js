@@ -50,7 +50,7 @@ async function frontier() {
   if (!found) {
     const now = index && h("p", {}, "This index is searched by ", h("code", {}, index.plan), ".");
     return [title, now, h("p", {}, "To see which plans reach a recall, and what they cost, measure them on your vectors and name the file when you serve:"),
-      h("pre", {}, h("code", {}, "matryo plan vectors.npy queries.npy --out plans.json\nmatryo serve MODEL --index docs.matryo --plans plans.json"))].filter(Boolean);
+      h("pre", { tabindex: 0, role: "region", "aria-label": "Commands" }, h("code", {}, "matryo plan vectors.npy queries.npy --out plans.json\nmatryo serve MODEL --index docs.matryo --plans plans.json"))].filter(Boolean);
   }
   const plans = found.plans;
   const lead = `Plans expected to reach recall@${found.k} of ${found.recall} on ${count(found.items)} items. No other that was measured needs as few bytes and is as quick.`;
