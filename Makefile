@@ -16,10 +16,15 @@ setup: .venv/.done ## make .venv with everything pinned
 demo: setup ## train, measure, index and search the bundled Debian descriptions; writes runs/demo/report.html
 	$(BIN)/matryo demo --out runs/demo
 
-test: setup ## the default tests, some minutes
+browser: ## Chromium for the tests of the page, where apt-get is and may be used; they are skipped without
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y chromium; } || \
+		echo "no chromium: 'apt-get install -y chromium' as root lets the tests of the page run"
+
+test: setup browser ## the default tests, some minutes
 	$(BIN)/python -m pytest
 
-test-slow: setup ## every test, the long ones too
+test-slow: setup browser ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 check: setup ## lint, format, types, rooms
@@ -52,6 +57,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/search/promise.py --smoke
 	$(BIN)/python benchmarks/search/predict.py --smoke
 	$(BIN)/python benchmarks/serving/run.py --smoke
+	$(BIN)/python benchmarks/serving/page.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores
 	$(BIN)/python benchmarks/loss/run.py
@@ -64,4 +70,4 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/startup/run.py
 	$(BIN)/python benchmarks/minilm/step.py
 
-.PHONY: help setup demo test test-slow check docs bench bench-smoke
+.PHONY: help setup demo browser test test-slow check docs bench bench-smoke

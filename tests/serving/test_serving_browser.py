@@ -258,5 +258,5 @@ def test_axe_finds_nothing_serious_in_the_reports(browser, trained, dev_folder, 
     report = mt.evaluate(mt.load(trained), dev_folder, codes=["float32", "binary"], resamples=20)
     for name, page in (("plans", found_plans), ("report", report)):
         where = page.save(tmp_path / f"{name}.html").as_uri()
-        for scheme in ("light", "dark"):
-            assert serious(browser, where, color_scheme=scheme) == [], name
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            assert serious(browser, where, color_scheme=scheme, viewport={"width": width, "height": 800}) == [], name

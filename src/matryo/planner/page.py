@@ -4,6 +4,7 @@ import re
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from matryo.pages import rendered
 from matryo.pages.charts import FAINT, bytes_axis, canvas, colours, drawn, heading
@@ -42,12 +43,17 @@ def frontier_figure(plans: Plans) -> Figure:
         scale = row.predicted.ms / row.last.ms
         axes.vlines(spot, row.last.ms_low * scale, row.last.ms_high * scale, color=hue, linewidth=1.4, alpha=0.6)
         axes.plot(spot, row.predicted.ms, marker="o", markersize=11 if chosen else 6.5, color=hue, zorder=4)
+        side = -1 if spot * spot > min(spots) * max(spots) and len(rows) > 1 else 1  # towards the middle, where room is
         axes.annotate(
-            f"{row.plan.stages[0].width}:{_code(row)}", (spot, row.predicted.ms), xytext=(0, 10), ha="center",
-            textcoords="offset points", fontsize=9, fontweight="bold" if chosen else "normal", color=hue,
+            f"{row.plan.stages[0].width}:{_code(row)}", (spot, row.predicted.ms), xytext=(10 * side, -3),
+            ha="right" if side < 0 else "left", textcoords="offset points", fontsize=9, color=hue,
+            fontweight="bold" if chosen else "normal",
         )  # fmt: skip
     bytes_axis(axes, [max(1, round(spot)) for spot in spots])
     axes.set_yscale("log")
+    # Plain numbers: the powers of ten that a log scale writes are formulas, which no chart of a page parses.
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes in memory per item (log scale)")
     heading(axes, "milliseconds of one search (log scale), 10-90 % of queries")
     axes.margins(x=0.09, y=0.2)
