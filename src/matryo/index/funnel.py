@@ -136,7 +136,8 @@ def stopped(scores_R: Float32s | None, rows_R: Rows, k: int, within: float | Non
     if within is None or scores_R is None or len(rows_R) <= k:
         return rows_R
     edge = np.partition(scores_R, -k)[-k]
-    return rows_R[scores_R >= edge - np.float32(within + ROUNDING)]
+    kept: Rows = rows_R[scores_R >= edge - np.float32(within + ROUNDING)]
+    return kept
 
 
 def finish(query_D: Float32s, rows_R: Rows, k: int, source: Source) -> tuple[Rows, Float32s]:
@@ -159,7 +160,9 @@ def lengths(plan: Plan, queries_QD: Float32s, k: int, source: Source) -> NDArray
     """(Q,) candidates that the stages of a plan hand on to the next, together; not the k answers."""
     reports: list[StageReport] = []
     run(plan, queries_QD, k, source, reports)
-    return np.array([report.each for report in reports[:-1]], dtype=np.int64).reshape(-1, len(queries_QD)).sum(axis=0)
+    each = np.array([report.each for report in reports[:-1]], dtype=np.int64).reshape(-1, len(queries_QD))
+    total: NDArray[np.int64] = each.sum(axis=0)
+    return total
 
 
 def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
