@@ -16,6 +16,8 @@ _HOME = {
     "TrainConfig": "matryo.training",
     "evaluate": "matryo.evaluation",
     "plan": "matryo.planner",
+    "Client": "matryo.clients",
+    "AsyncClient": "matryo.clients",
     "adapters": "matryo",
     "losses": "matryo",
 }

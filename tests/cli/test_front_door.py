@@ -7,6 +7,8 @@ import pytest
 import matryo
 
 PUBLIC = {
+    "AsyncClient",
+    "Client",
     "Index",
     "Nesting",
     "Plan",
@@ -19,7 +21,17 @@ PUBLIC = {
     "train",
     "truncate",
 }
-HEAVY = ["torch", "transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "faiss", "pyarrow"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "sentence_transformers",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "faiss",
+    "pyarrow",
+    "httpx2",
+]
 VERBS = [["train"], ["mine"], ["eval"], ["plan"], ["search"], ["export"], ["serve"], ["key"], ["demo"], ["doctor"]]
 VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact", "calibrate")]
 

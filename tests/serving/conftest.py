@@ -17,10 +17,12 @@ from openai import AsyncOpenAI, OpenAI
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+import matryo as mt
 from matryo.core.prefix import Nesting
 from matryo.encoders import Card
-from matryo.encoders.folder import write_card
+from matryo.encoders.folder import fingerprint, write_card
 from matryo.serving import Settings, create_app
+from matryo.serving.keys import add_key
 
 WORDS = 400
 WIDTHS = (8, 16, 32, 48)
@@ -149,3 +151,23 @@ def serve():
 def served(serve, static_model) -> Served:
     """One server of the small static model that quick tests share."""
     return serve(static_model, "--alias", "text-embedding-3-small")
+
+
+@pytest.fixture(scope="session")
+def documents(static_model, debian_rows, tmp_path_factory) -> Path:
+    """An index of the test texts by the small static model."""
+    folder = tmp_path_factory.mktemp("documents") / "docs.matryo"
+    model, texts = mt.load(static_model), [row["positive"] for row in debian_rows]
+    made_by = {"name": str(static_model)} | fingerprint(str(static_model))
+    with mt.Index.create(folder, width=48, plan="16:binary keep 40 > 48:float32", model=made_by) as index:
+        metadata = [{"section": ("games", "libs")[n % 2]} for n in range(len(texts))]
+        index.upsert([f"d{n}" for n in range(len(texts))], model.encode(texts), texts, metadata)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def guarded(serve, static_model, documents, tmp_path_factory) -> tuple[Served, str]:
+    """A server with an index that asks for a key, and the key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    key = add_key(keys, "clients", ("search",))
+    return serve(static_model, "--index", documents, "--api-keys", keys), key

@@ -32,3 +32,33 @@ class MissingExtraError(MatryoError, ImportError):
         super().__init__(f"{what} needs {package}, which is not installed; add it with: pip install 'matryo[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+class RemoteError(MatryoError):
+    """A server did not do what it was asked. `status` is None where there was no answer at all."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        request: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.request = request
+        """The id under which the server's log has it."""
+
+
+class RefusedError(RemoteError, InputError):
+    """A server's 4xx: the request itself is wrong, and `param` says which field."""
+
+
+class AccessError(RemoteError):
+    """A server's 401 or 403: no key, a wrong one, or one that does not allow this."""
+
+
+class UnavailableError(RemoteError):
+    """A server that could not be reached, was too busy, or did not answer in time, however often it was asked."""
