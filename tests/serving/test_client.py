@@ -229,7 +229,7 @@ def test_rows_are_put_in_order_and_lists_are_taken_too(call):
 
 def test_address_and_key_may_come_from_the_environment(call, guarded, monkeypatch):
     server, key = guarded
-    with pytest.raises(AccessError, match="401: A valid key is needed.*MATRYO_API_KEY"):
+    with pytest.raises(AccessError, match=r"401: A valid key is needed.*MATRYO_API_KEY"):
         call({"url": server.url, "model": "words"}, "embed", ["a"])
     monkeypatch.setenv("MATRYO_URL", server.url)
     monkeypatch.setenv("MATRYO_API_KEY", key)
