@@ -169,7 +169,7 @@ REFUSED = [
     ({"user": 7}, "user", "must be a text"),
     ({"flavour": "new"}, "flavour", "Unknown field 'flavour'"),
     ({"a secret\n": "new"}, None, "unusual name"),
-    ({"depth": 6}, "depth", "full depth only"),
+    ({"depth": 6}, "depth", "no layers to choose from"),
     ({"output_dtype": "int4"}, "output_dtype", "float, int8"),
     ({"output_dtype": "binary", "dimensions": 12}, "output_dtype", "multiple of 8, got 12; try 8"),
     ({"input_type": "poem"}, "input_type", "document, query"),

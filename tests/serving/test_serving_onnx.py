@@ -97,8 +97,14 @@ def test_torch_and_export_agree_and_say_why(within, exported, minilm):
     rows = []
 
     async def body(here):
-        found = (await here.post({"model": "one", "input": TEXTS})).json()
+        found = (await here.post({"model": "one", "input": TEXTS, "depth": 6})).json()
         rows.append([one["embedding"] for one in found["data"]])
+        (told,) = (await here.http.get("/v1/models")).json()["data"]
+        assert told["depths"] == [6]
+        for depth in (3, True, "6", 6.0):
+            refused = await here.post({"model": "one", "input": TEXTS, "depth": depth})
+            assert refused.status_code == 400
+            assert "trained at its full depth only: 'depth' must be 6" in refused.json()["error"]["message"]
 
     for model in (exported, minilm):
         within(Settings(model=str(model), name="one", access_log=False), body)

@@ -32,7 +32,7 @@ def described(service: Service, name: str) -> dict[str, Any]:
         "is_matryoshka": nesting is not None,
         "matryoshka_dimensions": list(service.trained),
         "any_width": service.allowed.widths is None,
-        "depths": list(service.card.depths or ()),
+        "depths": list(service.allowed.depths or ()),
         "max_input_tokens": service.max_input_tokens,
         "input_types": sorted({"query", "document", *service.allowed.prompts}),
         "backend": service.engine.name,

@@ -1,5 +1,6 @@
 """Engines: texts to tokens, tokens to full-width vectors. And which one a model gets, with the reason."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Engine(Protocol):
     """Longest input the model takes, or None where any length goes."""
     pads: bool
     """Whether a batch costs as much as its longest input times its size."""
+    layers: int | None
+    """Layers of the model, all of which are run; None where it has none, or does not say."""
     inline_tokens: int
     """A batch of at most so many tokens is over sooner than another thread could have started on it."""
     vocabulary: int | None
@@ -60,6 +63,7 @@ class StaticEngine:
     pads = False
     inline_tokens = 2048
     max_tokens: int | None = None
+    layers: int | None = None
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
@@ -84,8 +88,8 @@ class OnnxEngine:
     pads = True
     inline_tokens = 0
 
-    def __init__(self, encoder: Any, name: str) -> None:
-        self._encoder, self.name = encoder, name
+    def __init__(self, encoder: Any, name: str, layers: int | None) -> None:
+        self._encoder, self.name, self.layers = encoder, name, layers
         self.width: int = encoder.width
         self.max_tokens: int | None = encoder.about.max_tokens
         self.vocabulary: int | None = encoder.tokenizer.get_vocab_size()
@@ -115,6 +119,8 @@ class PlainEngine:
         self.name = "toy" if self._inner is None else "torch"
         self.width = model.width
         self.max_tokens: int | None = getattr(self._inner, "max_seq_length", None)
+        config = getattr(getattr(next(iter(self._inner or ()), None), "auto_model", None), "config", None)
+        self.layers: int | None = getattr(config, "num_hidden_layers", None)
         if self._inner is not None:
             self._inner.default_prompt_name = None  # texts come with their prompt in front
 
@@ -184,11 +190,18 @@ def _exported(folder: Path, backend: str, threads: int) -> Choice:
     runtime = "openvino" if backend == "openvino" else "onnxruntime"
     encoder = OnnxEncoder.load(folder, threads=threads, runtime=runtime)
     about = encoder.about
-    engine = OnnxEngine(encoder, "openvino" if backend == "openvino" else "onnx")
+    engine = OnnxEngine(encoder, "openvino" if backend == "openvino" else "onnx", layers_of(folder))
     reason = "as asked" if backend != "auto" else f"an export ({about.precision}) runs on onnxruntime, without torch"
     default = about.prompts.get(about.default_prompt or "", "")
     card = model_of(encoder, read_card(folder), folder).card
     return Choice(engine, card, about.prompts, default, reason, fingerprint(str(folder)).get("blake2b"))
+
+
+def layers_of(folder: Path) -> int | None:
+    """What an export's `config.json`, copied from its model, says."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text()).get("num_hidden_layers") if path.is_file() else None
+    return found if type(found) is int else None
 
 
 def _torch_threads(threads: int) -> None:

@@ -30,6 +30,7 @@ class Allowed:
     widths: tuple[int, ...] | None
     """The only widths to serve, or None for any of 1..width."""
     depths: tuple[int, ...] | None
+    """Layers that may be asked for: all of them, and what else the model was trained at. None: it has no layers."""
     prompts: tuple[str, ...]
     max_inputs: int
     vocabulary: int | None
@@ -129,9 +130,13 @@ def _depth(fields: Fields, allowed: Allowed) -> None:
     if value is None:
         return
     if allowed.depths is None:
-        raise invalid("depth", "This model was trained at its full depth only; leave 'depth' out.")
-    if value not in allowed.depths or isinstance(value, bool) or not isinstance(value, int):
-        raise invalid("depth", f"'depth' must be one of {', '.join(map(str, allowed.depths))}.")
+        raise invalid("depth", "This model has no layers to choose from; leave 'depth' out.")
+    if type(value) is int and value in allowed.depths:
+        return
+    if len(allowed.depths) == 1:
+        whole = allowed.depths[0]
+        raise invalid("depth", f"This model was trained at its full depth only: 'depth' must be {whole}, or left out.")
+    raise invalid("depth", f"'depth' must be one of {', '.join(map(str, allowed.depths))}.")
 
 
 def _prompt(fields: Fields, allowed: Allowed) -> str | None:

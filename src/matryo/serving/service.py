@@ -72,7 +72,7 @@ class Service:
             names=settings.served_as,
             width=self.engine.width,
             widths=strict,
-            depths=self.card.depths,
+            depths=self.card.depths or ((self.engine.layers,) if self.engine.layers else None),
             prompts=tuple(choice.prompts),
             max_inputs=settings.max_inputs,
             vocabulary=self.engine.vocabulary if settings.token_ids else None,

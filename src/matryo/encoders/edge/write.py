@@ -197,10 +197,11 @@ def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str
         )
     _reopen(static)
     names = sorted(path.name for path in folder.iterdir() if path.name != ABOUT)
-    files = {name: {"bytes": (folder / name).stat().st_size, "blake2b": digest(folder / name)} for name in names}
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    files = {name: {"bytes": size, "blake2b": digest(folder / name)} for name, size in sizes.items()}
     scores = [row for row in model.card.scores if row.get("width") == width and row.get("code") == "float32"]
     return about | {
-        "bytes": sum(file["bytes"] for file in files.values()),
+        "bytes": sum(sizes.values()),
         "milliseconds": {"a_text": 1000 * spent, "processor": platform.machine(), "texts": len(judged)},
         "quality": quality | {"evaluation_of_prefix": scores},
         "files": files,
@@ -255,7 +256,7 @@ def _readme(found: dict[str, Any]) -> str:
         "|---|---|",
         f"| size | {found['bytes'] / 1e6:.2f} MB |",
         f"| processor time a text, on {speed['processor']} | {speed['a_text']:.3f} ms, mean of {speed['texts']} |",
-        f"| cosine with the model's own prefix | mean {quality['cosine_mean']:.5f}, least {quality['cosine_least']:.4f} |",
+        f"| cosine with the model's own prefix | {quality['cosine_mean']:.5f}, least {quality['cosine_least']:.5f} |",
     ]
     if "difference" in quality:
         lines.append(f"| largest difference of a number from it | {quality['difference']:.1e} |")
