@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 import matryo as mt
 from matryo.core.prefix import Nesting
 from matryo.encoders import Card
+from matryo.encoders.export import export_onnx
 from matryo.encoders.folder import fingerprint, write_card
 from matryo.serving import Settings, create_app
 from matryo.serving.keys import add_key
@@ -48,6 +49,15 @@ def static_model(debian_rows, tmp_path_factory) -> Path:
     (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]))
     score = {"task": "tiny", "metric": "nDCG@10", "width": 48, "code": "float32", "value": 0.5, "low": 0.4, "high": 0.6}
     write_card(folder, Card(str(folder), Nesting(WIDTHS), scores=(score,)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(minilm, tmp_path_factory) -> Path:
+    """MiniLM for onnxruntime."""
+    folder = tmp_path_factory.mktemp("exports") / "minilm"
+    found = export_onnx(minilm, folder)
+    assert found["difference"] < 1e-5
     return folder
 
 
@@ -98,8 +108,8 @@ def within():
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, *arguments, **environment) -> None:
-        line = [sys.executable, "-m", "matryo", "serve", *map(str, arguments), "--port", "0"]
+    def __init__(self, *arguments, port="0", **environment) -> None:
+        line = [sys.executable, "-m", "matryo", "serve", *map(str, arguments), "--port", port]
         self.process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
         self.lines: list[dict] = []
         self.said = ""

@@ -30,14 +30,6 @@ assert not {"torch", "transformers", "sentence_transformers", "onnx", "faiss"} &
 
 
 @pytest.fixture(scope="session")
-def exported(minilm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exports") / "minilm"
-    found = export_onnx(minilm, folder)
-    assert found["difference"] < 1e-5
-    return folder
-
-
-@pytest.fixture(scope="session")
 def plain(minilm):
     from sentence_transformers import SentenceTransformer
 

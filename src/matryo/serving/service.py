@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matryo.core.prefix import truncate
-from matryo.serving.batching import Batcher, EncodingError, Job, OverloadedError
+from matryo.serving.batching import LONGEST_RETRY, Batcher, EncodingError, Job, OverloadedError
 from matryo.serving.engines import Choice, Tokens
 from matryo.serving.errors import ApiError, internal, invalid
 from matryo.serving.fields import Allowed
@@ -85,6 +85,8 @@ class Service:
         self.draining = False
         self.in_flight = 0
         self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="matryo-tokens")
+        self._characters, self._pace = 0, 0.0
+        """Characters with the tokeniser's thread, and how many it does a second; 0 while nothing is known."""
         self._probe: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -107,14 +109,35 @@ class Service:
             await asyncio.get_running_loop().run_in_executor(None, self.searcher.close)
 
     async def tokens(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
-        """Texts with their prompt put in front, as the model's tokens."""
+        """Texts with their prompt put in front, as the model's tokens.
+
+        Raises:
+            ApiError: 429 where so much text waits already that it would not be done in time.
+        """
         words = self.choice.default_prompt if prompt is None else self.choice.prompts.get(prompt, "")
         whole = [words + text for text in texts] if words else texts
-        if sum(map(len, whole)) <= INLINE_CHARACTERS:
-            ids = self.engine.tokens(whole)
-        else:
-            ids = await asyncio.get_running_loop().run_in_executor(self._tokeniser, self.engine.tokens, whole)
+        size = sum(map(len, whole))
+        ids = self.engine.tokens(whole) if size <= INLINE_CHARACTERS else await self._tokens_aside(whole, size)
         return [Tokens(found, text) for found, text in zip(ids, whole, strict=True)]
+
+    async def _tokens_aside(self, texts: Sequence[str], size: int) -> list[list[int]]:
+        """In the tokeniser's thread, whose queue is bounded in time as the model's is."""
+        wait = self._characters / self._pace if self._pace else 0.0
+        if wait > self.settings.timeout / 2:
+            raise _overloaded(OverloadedError(min(LONGEST_RETRY, max(1, round(wait / 2)))))
+
+        def run() -> list[list[int]]:
+            began = time.monotonic()
+            found = self.engine.tokens(texts)
+            pace = size / max(time.monotonic() - began, 1e-6)
+            self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+            return found
+
+        self._characters += size
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokeniser, run)
+        finally:
+            self._characters -= size
 
     def fitted(self, inputs: list[Tokens], cut: bool, param: str) -> list[Tokens]:
         """Inputs that fit the model: too long ones cut where that was asked for, refused otherwise."""
@@ -148,12 +171,7 @@ class Service:
         try:
             job = self.batcher.submit(inputs)
         except OverloadedError as error:
-            raise ApiError(
-                429,
-                "The server has more work than it can do in time.",
-                code="overloaded",
-                retry_after=error.retry_after,
-            ) from error
+            raise _overloaded(error) from error
         try:
             await self._finished(call, job)
         except EncodingError as error:
@@ -200,9 +218,14 @@ class Service:
         return last is not None and time.monotonic() - last <= STALE
 
     async def _try(self) -> None:
-        with suppress(OverloadedError, EncodingError):
+        with suppress(ApiError, OverloadedError, EncodingError):
             job = self.batcher.submit(await self.tokens(["ready"], None))
             await job.done
+
+
+def _overloaded(error: OverloadedError) -> ApiError:
+    message = "The server has more work than it can do in time."
+    return ApiError(429, message, code="overloaded", retry_after=error.retry_after)
 
 
 def _prefixes(vectors_ND: Float32s, width: int, param: str) -> Float32s:
