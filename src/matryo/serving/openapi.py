@@ -35,6 +35,12 @@ def document(service: Service) -> dict[str, Any]:
         "/health": {"get": _operation("Whether the process is alive", {"type": "object"}, open_to_all=True)},
         "/ready": {"get": _operation("Whether it can encode", {"type": "object"}, open_to_all=True)},
     }
+    if service.settings.writable:
+        usage = {"object": {"const": "items"}, "written": WHOLE, "usage": USAGE}
+        paths["/v1/items"] = {"post": _operation("Write items", _object(usage), _items_request(service))}
+        asked = _object({"ids": _several(TEXT, service)}, closed=True)
+        gone = _object({"object": {"const": "items"}, "deleted": WHOLE})
+        paths["/v1/items/delete"] = {"post": _operation("Delete items", gone, asked)}
     metrics = _operation("Prometheus metrics", {})
     metrics["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     paths["/metrics"] = {"get": metrics}
@@ -85,6 +91,17 @@ def _object(properties: dict[str, Any], optional: tuple[str, ...] = (), closed: 
 
 def _maybe(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _several(schema: Schema, service: Service) -> Schema:
+    return {"type": "array", "items": schema, "minItems": 1, "maxItems": service.allowed.max_inputs}
+
+
+def _items_request(service: Service) -> Schema:
+    scalar: Schema = {"type": ["string", "number", "boolean", "null"]}
+    metadata: Schema = {"type": "object", "additionalProperties": scalar}
+    item = _object({"id": TEXT, "text": TEXT, "metadata": _maybe(metadata)}, ("metadata",), closed=True)
+    return _object({"items": _several(item, service)}, closed=True)
 
 
 def _embeddings_request(service: Service) -> Schema:

@@ -33,6 +33,7 @@ from matryo.serving.fields import (
     refuse_unknown,
     text,
 )
+from matryo.serving.items import Changes
 from matryo.serving.service import Call, Service
 
 Float32s = NDArray[np.float32]
@@ -48,15 +49,17 @@ log = logging.getLogger("matryo.serving")
 
 
 class Searcher:
-    """An index open for reading, searched in threads of its own. New commits are seen at the next search."""
+    """An open index, searched in threads of its own. New commits are seen at the next search."""
 
-    def __init__(self, folder: str, choice: Choice) -> None:
+    def __init__(self, folder: str, choice: Choice, writable: bool = False) -> None:
         """Open it.
 
         Raises:
             InputError: no index there, or another model made its vectors. DamagedError: it cannot be read safely.
+            LockedError: it is to be written, and another process has it open for that.
         """
-        self.index = Index.open(folder, read_only=True)
+        self.index = Index.open(folder, read_only=not writable)
+        self.changes = Changes() if writable else None
         try:
             stats = self.index.stats()
             _same_model(folder, stats, choice)
@@ -92,7 +95,9 @@ class Searcher:
         return {name: stats[name] for name in kept} | {"plan_bytes_per_item": _held(stats)}
 
     def close(self) -> None:
-        """Let searches that run finish, and close the index."""
+        """Let searches and changes that run finish, and close the index."""
+        if self.changes is not None:
+            self.changes.close()
         self._threads.shutdown()
         self.index.close()
 

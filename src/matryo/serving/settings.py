@@ -61,6 +61,8 @@ class Settings:
     threads: int | None = None
     """Threads of the model in each worker; the processors this process may use, shared by the workers, by default."""
     workers: int = 1
+    writable: bool = False
+    """Let callers change the index; with keys, those of scope "write"."""
     access_log: bool = True
     log_texts: bool = False
     traces: bool = False
@@ -79,6 +81,8 @@ class Settings:
             raise InputError(
                 f"threads must be at least 1, got {self.threads}; leave it out for a choice by the machine"
             )
+        if self.writable and (self.index is None or self.workers > 1):
+            raise InputError("writable needs an index, and one worker: an index has one writer; leave --workers at 1")
         if not self.drain >= 0:
             raise InputError(f"drain must be at least 0 seconds, got {self.drain}")
         if "*" in self.cors and self.api_keys is None:
