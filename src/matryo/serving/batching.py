@@ -143,7 +143,7 @@ class Batcher:
         """
         keys = [array("l", one.ids).tobytes() for one in inputs]
         fresh = {key: one for key, one in zip(keys, inputs, strict=True) if key not in self._flying}
-        self._refuse_overload(sum(len(one.ids) for one in fresh.values()))
+        self.refuse_overload(sum(len(one.ids) for one in fresh.values()))
         vectors = np.empty((len(inputs), self._engine.width), np.float32)
         job = Job(vectors, asyncio.get_running_loop().create_future(), len(inputs), entered=time.monotonic())
         for key, one in fresh.items():
@@ -156,6 +156,17 @@ class Batcher:
         self._wake.set()
         return job
 
+    def refuse_overload(self, cost: int) -> None:
+        """Raise if so many tokens more are too many: the queue is bounded in tokens, and in time once it is known how
+        fast tokens go. Ask with 1 before the work of tokenising, which overload would make worse.
+        """
+        behind = self.waiting_tokens + self.running_tokens
+        if not cost or not self.waiting_tokens:
+            return
+        seconds = behind / self.rate if self.rate else 0.0
+        if self.waiting_tokens + cost > self._queue_tokens or seconds > self._patience / 2:
+            raise OverloadedError(min(LONGEST_RETRY, max(1, round(seconds / 2))))
+
     def leave(self, job: Job) -> None:
         """Take a request out; inputs that nobody else waits for leave the queue with it."""
         for item in job.items:
@@ -164,15 +175,6 @@ class Batcher:
                 self._remove(item)
                 del self._flying[item.key]
         job.items = []
-
-    def _refuse_overload(self, cost: int) -> None:
-        """The queue is bounded in tokens, and in time once it is known how fast tokens go."""
-        behind = self.waiting_tokens + self.running_tokens
-        if not cost or not self.waiting_tokens:
-            return
-        seconds = behind / self.rate if self.rate else 0.0
-        if self.waiting_tokens + cost > self._queue_tokens or seconds > self._patience / 2:
-            raise OverloadedError(min(LONGEST_RETRY, max(1, round(seconds / 2))))
 
     def _enter(self, item: _Item) -> None:
         self._flying[item.key] = item

@@ -112,10 +112,14 @@ class Service:
         """Texts with their prompt put in front, as the model's tokens.
 
         Raises:
-            ApiError: 429 where so much text waits already that it would not be done in time.
+            ApiError: 429 where so much waits already that it would not be done in time.
         """
         words = self.choice.default_prompt if prompt is None else self.choice.prompts.get(prompt, "")
         whole = [words + text for text in texts] if words else texts
+        try:
+            self.batcher.refuse_overload(1)
+        except OverloadedError as error:
+            raise _overloaded(error) from error
         size = sum(map(len, whole))
         ids = self.engine.tokens(whole) if size <= INLINE_CHARACTERS else await self._tokens_aside(whole, size)
         return [Tokens(found, text) for found, text in zip(ids, whole, strict=True)]
