@@ -3,13 +3,14 @@
     python benchmarks/minilm/run.py --pairs general/train.jsonl.gz --retrieval FOLDER... --sts stsb_test.jsonl.gz
 
 Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings; only the widths
-differ, and with --rotate the axes that the nested one starts from. The pairs are a seeded sample of the file, the same
+differ, and with --rotate the axes that the nested one starts on. The pairs are a seeded sample of the file, the same
 number from each of its sources (fewer where a source has fewer), texts cut to a number of characters. A run that was
 interrupted goes on from its last checkpoint.
 
 Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of every retrieval folder, their mean, and
 nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
-Beside them stands the un-nested model on the principal axes of its training texts, which is what PCA would make of it.
+Beside them stands the un-nested model on other axes of its training texts: principal ones, and ones learned for the
+widths (`matryo.training.rotation`), which is what can be made of it without nested training.
 `--init` adds the model that both started from. Rows go to results/rows.jsonl.
 """
 
@@ -32,7 +33,7 @@ from matryo.core.ranking import ranks_at_widths
 from matryo.core.records import read_retrieval, read_sts
 from matryo.evaluation.bootstrap import Resampling, mean_draws, spearman, spearman_draws
 from matryo.evaluation.scoring import cosines_at_widths
-from matryo.training.rotation import SAMPLE, principal_axes
+from matryo.training.rotation import SAMPLE, learned_axes, principal_axes
 
 METRIC = Metric("nDCG", 10)
 
@@ -75,7 +76,7 @@ def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: P
         best="last",
         seed=options.seed,
         weights=tuple(options.weights) if options.weights and len(widths) > 1 else None,
-        rotate=options.rotate and len(widths) > 1,
+        rotate=options.rotate if len(widths) > 1 else "none",
     )
 
     def report(step: Any) -> None:
@@ -135,12 +136,18 @@ def scores(vectors: dict[str, Any], options: Any) -> dict[str, tuple[dict[int, f
     return found
 
 
-def on_axes(model: Any, pairs: Path, vectors: dict[str, Any]) -> dict[str, Any]:
-    """The same vectors on the principal axes of the model's vectors of training texts: its PCA at every width."""
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    texts = [row[column] for row in rows for column in ("anchor", "positive")]
-    axes = principal_axes(model.encode(texts[:: -(-len(texts) // SAMPLE)])).T
-    return {name: (first @ axes, second @ axes) for name, (first, second) in vectors.items()}
+def on_axes(vectors: dict[str, Any], axes: np.ndarray) -> dict[str, Any]:
+    return {name: (first @ axes.T, second @ axes.T) for name, (first, second) in vectors.items()}
+
+
+def of_pairs(name: str, model: Any, pairs: Path, options: Any) -> list[np.ndarray]:
+    """A model's vectors of the training pairs, two columns, kept beside the models."""
+    kept = options.work / f"{name}-pairs.npz"
+    if not kept.is_file():
+        rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+        np.savez(kept, *(model.encode([row[column] for row in rows]) for column in ("anchor", "positive")))
+    with np.load(kept, allow_pickle=False) as columns:
+        return [columns["arr_0"], columns["arr_1"]]
 
 
 def main() -> None:
@@ -159,7 +166,9 @@ def main() -> None:
     parser.add_argument("--save-steps", type=int, default=25)
     parser.add_argument("--widths", type=int, nargs="+", default=[12, 24, 48, 96, 192, 384])
     parser.add_argument("--weights", type=float, nargs="+", help="one per width; all 1 if not given")
-    parser.add_argument("--rotate", action="store_true", help="the nested model starts from principal axes")
+    parser.add_argument(
+        "--rotate", choices=["none", "pca", "learned"], default="none", help="axes that the nested one starts on"
+    )
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", action="store_true")
@@ -184,7 +193,14 @@ def main() -> None:
         vectors = encoded(name, model, options)
         table[name] = scores(vectors, options)
         if name == "un-nested":
-            table["un-nested, PCA"] = scores(on_axes(model, pairs, vectors), options)
+            columns = of_pairs(name, model, pairs, options)
+            both = np.concatenate(columns)
+            axes = {
+                "un-nested, PCA": principal_axes(both[:: -(-len(both) // SAMPLE["pca"])]),
+                "un-nested, learned axes": learned_axes(columns, mt.Nesting(options.widths), seed=options.seed),
+            }
+            for rival, turned in axes.items():
+                table[rival] = scores(on_axes(vectors, turned), options)
     rows = []
     kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed")
     settings = {name: getattr(options, name) for name in kept}
@@ -192,7 +208,7 @@ def main() -> None:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}
         draws = {name: np.mean([d[width] for _, d in sets.values()], axis=0) for name, sets in table.items()}
         against = {}
-        for rival in ("un-nested", "un-nested, PCA"):
+        for rival in ("un-nested", *axes):
             low, high = np.percentile(draws["nested"] - draws[rival], [2.5, 97.5])
             against[rival] = {"difference": means["nested"] - means[rival], "low": low, "high": high}
             print(
@@ -201,7 +217,7 @@ def main() -> None:
             )
         for name, sets in table.items():
             each = {task: round(values[width], 4) for task, (values, _) in sets.items()}
-            print(f"    {name:14} mean {means[name]:.4f}  {each}")
+            print(f"    {name:23} mean {means[name]:.4f}  {each}")
             rows.append({"width": width, "model": name, "mean": means[name], "sets": each,
                          "nested_minus": against, **settings})  # fmt: skip
     save(options.out / "rows.jsonl", rows)

@@ -93,7 +93,7 @@ def train(
     mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time (GradCache).")] = None,
     sample_widths: Annotated[int | None, typer.Option(help="Widths trained per step, drawn anew.")] = None,
     lora: Annotated[str | None, typer.Option(help="Rank of adapters, or '{r: 16, alpha: 32}'.")] = None,
-    rotate: Annotated[bool | None, typer.Option(help="Turn the base's vectors to principal axes first.")] = None,
+    rotate: Annotated[str | None, typer.Option(help="Turn the base's vectors first: learned, pca or none.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     head_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of what a loss learns itself.")] = None,
     temperature: Annotated[str | None, typer.Option(help="One, or one per width.")] = None,

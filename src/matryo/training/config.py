@@ -110,9 +110,10 @@ class TrainConfig(_Checked):
         None, ge=1, description="Train so many widths a step, drawn anew, the full one among them; all if unset."
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
-    rotate: bool = Field(
-        False,
-        description="Turn the base's vectors to their principal axes first; for data of one kind, see docs/log.md.",
+    rotate: Literal["none", "pca", "learned"] = Field(
+        "none",
+        description="Turn the base's vectors first: to axes learned for the widths, or to principal axes (pca), which "
+        "are for data of one kind.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
     head_learning_rate: float | None = Field(
@@ -142,7 +143,12 @@ class TrainConfig(_Checked):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "lora": {"r": values["lora"]}} if isinstance(values.get("lora"), int) else values
+        if isinstance(values.get("lora"), int):
+            values = {**values, "lora": {"r": values["lora"]}}
+        if isinstance(values.get("rotate"), bool):
+            # As it was written when principal axes were the only ones.
+            values = {**values, "rotate": "pca" if values["rotate"] else "none"}
+        return values
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
@@ -155,7 +161,7 @@ class TrainConfig(_Checked):
             raise ValueError("patience needs a dev set to measure on and a width, or 'mean', as best; give dev")
         if self.lora is not None and self.base is None:
             raise ValueError("lora adapts a transformer; name one as base")
-        if self.rotate and self.base is None:
+        if self.rotate != "none" and self.base is None:
             raise ValueError("rotate turns the vectors of a model that exists; name one as base")
         if self.widths is not None:
             nesting = Nesting(self.widths, self.weights)

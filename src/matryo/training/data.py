@@ -262,6 +262,13 @@ class Teacher:
         return [self.vectors[torch.from_numpy(places[rows.cpu().numpy()])] for places in self.places]
 
 
+def paired(sets: Sequence[Rows]) -> list[list[str]]:
+    """Columns of texts of all data sets: two whose rows belong together, or one if a data set has no more."""
+    if any(len(rows.columns) < 2 for rows in sets):
+        return [[text for rows in sets for text in rows.texts]]
+    return [[text for rows in sets for text in list(rows.columns.values())[n]] for n in (0, 1)]
+
+
 def spread(sets: Sequence[Rows], most: int) -> list[str]:
     """Documents at even distances through all data sets."""
     documents = [text for rows in sets for text in rows.documents]

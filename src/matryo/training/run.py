@@ -34,6 +34,7 @@ from matryo.training.data import (
     Teacher,
     batches,
     check_batches,
+    paired,
     read_sets,
     spread,
     text_datasets,
@@ -151,10 +152,13 @@ class _Run:
         if Path(config.base).is_dir():
             module_types(Path(config.base))
         model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
-        if config.rotate:
+        if config.rotate != "none":
             # A run that goes on loads the turned weights from its checkpoint.
-            goes_on = bool(checkpoints(self.work))
-            add_rotation(model, [] if goes_on else [text for rows in self.sets for text in rows.texts])
+            columns = [] if checkpoints(self.work) else paired(self.sets)
+            nesting = config.nesting(int(model.get_embedding_dimension() or 0))
+            if config.rotate == "learned" and len(nesting) < 2:
+                raise InputError("rotate learned needs a width below the full one to learn axes for; give widths")
+            add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
         if config.lora is not None:
             with _seeded(config.seed):
                 add_adapter(model, config.lora)
