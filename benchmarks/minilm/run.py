@@ -10,7 +10,8 @@ interrupted goes on from its last checkpoint.
 Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of every retrieval folder, their mean, and
 nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
 Beside them stands the un-nested model on other axes of its training texts: principal ones, and ones learned for the
-widths (`matryo.training.rotation`), which is what can be made of it without nested training.
+widths (`matryo train --base un-nested --rotate learned --epochs 0`), which nest it without training it again;
+`--axes-only` measures these alone. What is subtracted are means over the sets.
 `--init` adds the model that both started from. Rows go to results/rows.jsonl.
 """
 
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--rotate", choices=["none", "pca", "learned"], default="none", help="axes that the nested one starts on"
     )
+    parser.add_argument("--axes-only", action="store_true", help="train no nested model")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", action="store_true")
@@ -181,10 +183,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
     full = options.widths[-1]
-    folders = {
-        "nested": train("nested", tuple(options.widths), options, pairs, base),
-        "un-nested": train("un-nested", (full,), options, pairs, base),
-    }
+    folders = {}
+    if not options.axes_only:
+        folders["nested"] = train("nested", tuple(options.widths), options, pairs, base)
+    folders["un-nested"] = train("un-nested", (full,), options, pairs, base)
     if options.init:
         folders["start"] = base
     table = {}
@@ -207,19 +209,20 @@ def main() -> None:
     for width in options.widths:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}
         draws = {name: np.mean([d[width] for _, d in sets.values()], axis=0) for name, sets in table.items()}
-        against = {}
-        for rival in ("un-nested", *axes):
-            low, high = np.percentile(draws["nested"] - draws[rival], [2.5, 97.5])
-            against[rival] = {"difference": means["nested"] - means[rival], "low": low, "high": high}
-            print(
-                f"width {width}: nested - {rival} on the mean {against[rival]['difference']:+.4f} "
-                f"[{low:+.4f}, {high:+.4f}]"
-            )
+        against: dict[str, dict[str, Any]] = {}
+        for mine in ("nested", "un-nested, learned axes"):
+            for rival in ("un-nested", *axes) if mine in table else ():
+                if rival == mine:
+                    continue
+                low, high = np.percentile(draws[mine] - draws[rival], [2.5, 97.5])
+                found = {"difference": means[mine] - means[rival], "low": low, "high": high}
+                against.setdefault(mine, {})[rival] = found
+                print(f"width {width}: {mine} - {rival} {found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
         for name, sets in table.items():
             each = {task: round(values[width], 4) for task, (values, _) in sets.items()}
             print(f"    {name:23} mean {means[name]:.4f}  {each}")
             rows.append({"width": width, "model": name, "mean": means[name], "sets": each,
-                         "nested_minus": against, **settings})  # fmt: skip
+                         "minus": against.get(name, {}), **settings})  # fmt: skip
     save(options.out / "rows.jsonl", rows)
 
 

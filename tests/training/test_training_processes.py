@@ -108,6 +108,13 @@ def test_uneven_last_batches_are_shared_out(trainers, row_files, tmp_path):
         assert steps[0] == steps[1]
 
 
+def test_too_few_rows_to_share(config, tmp_path, monkeypatch):
+    (tmp_path / "three.jsonl").write_text('{"anchor": "a", "positive": "b"}\n' * 3)
+    monkeypatch.setattr("matryo.training.processes.count", lambda: 4)
+    with pytest.raises(InputError, match="4 processes cannot share the 3 rows of a data set; start fewer"):
+        train(config(pairs=tmp_path / "three.jsonl"))
+
+
 @given(st.lists(st.integers(1, 30), max_size=5), st.integers(1, 5))
 def test_shares_are_even_and_in_order(sizes, count):
     inner = [list(range(100 * n, 100 * n + size)) for n, size in enumerate(sizes)]

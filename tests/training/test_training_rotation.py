@@ -169,5 +169,13 @@ def test_axes_by_name(config, trained):
     assert [config(base=str(trained), rotate=given).rotate for given in (True, False)] == ["pca", "none"]
     with pytest.raises(InputError, match=r"rotate: Input should be 'none', 'pca' or 'learned', got 'random'"):
         config(base=str(trained), rotate="random")
-    with pytest.raises(InputError, match="rotate learned needs a width below the full one to learn axes for"):
-        train(config(base=str(trained), rotate="learned", widths=[32]))
+
+
+def test_no_epoch_only_turns_the_base(config, trained, texts):
+    with pytest.raises(InputError, match="0 epochs train nothing; that is for turning a base: give rotate"):
+        config(base=str(trained), epochs=0)
+    model = train(config(base=str(trained), epochs=0, rotate="learned", widths=[4, 32]))
+    before, after = mt.load(trained).encode(texts), model.encode(texts)
+    np.testing.assert_allclose(cosines(after, 32), cosines(before, 32), atol=1e-5)
+    assert lack(after, np.eye(32), [4]) < lack(before, np.eye(32), [4])
+    assert model.card.training["steps"] == 0

@@ -88,7 +88,7 @@ def train(
         str | None, typer.Option(help="Keep the checkpoint best at this width, by 'mean', or 'last'.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many measurements without a better one.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the rows.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows; 0 only turns the base.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step, of all processes together.")] = None,
     mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time (GradCache).")] = None,
     sample_widths: Annotated[int | None, typer.Option(help="Widths trained per step, drawn anew.")] = None,

@@ -101,7 +101,7 @@ class TrainConfig(_Checked):
         "proportional", description="Every row of every data set once an epoch, or as many batches of each."
     )
     no_duplicates: bool = Field(False, description="No text twice in a batch, where others are negatives.")
-    epochs: int = Field(5, ge=1)
+    epochs: int = Field(5, ge=0, description="Passes over the rows; 0 trains nothing and only turns the base (rotate).")
     batch_size: int = Field(1024, ge=2, description="Rows a step, of all processes together; others are negatives.")
     mini_batch_size: int | None = Field(
         None, ge=1, description="Embed so many rows at a time and keep no more activations; exact (GradCache)."
@@ -163,6 +163,8 @@ class TrainConfig(_Checked):
             raise ValueError("lora adapts a transformer; name one as base")
         if self.rotate != "none" and self.base is None:
             raise ValueError("rotate turns the vectors of a model that exists; name one as base")
+        if self.epochs == 0 and self.rotate == "none":
+            raise ValueError("0 epochs train nothing; that is for turning a base: give rotate, or more epochs")
         if self.widths is not None:
             nesting = Nesting(self.widths, self.weights)
             if isinstance(self.best, int) and self.best not in nesting.widths:

@@ -136,7 +136,7 @@ def learned_axes(
         rate = how.learning_rate * min((step + 1) / how.warmup, 1) * (1 - step / how.steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        torch.stack(terms).sum().backward()
+        torch.autograd.backward(torch.stack(terms).sum())
         optimizer.step()
     with torch.no_grad():
         return _cayley(upper_DD.double()).float().numpy()
@@ -146,7 +146,8 @@ def _cayley(upper_DD: Tensor) -> Tensor:
     """The orthogonal matrix of the entries above a diagonal."""
     skew_DD = upper_DD.triu(1) - upper_DD.triu(1).T
     identity_DD = torch.eye(len(skew_DD), dtype=skew_DD.dtype)
-    return torch.linalg.solve(identity_DD + skew_DD, identity_DD - skew_DD)
+    turn_DD: Tensor = torch.linalg.solve(identity_DD + skew_DD, identity_DD - skew_DD)
+    return turn_DD
 
 
 def _told(vectors_BD: Tensor) -> Tensor:

@@ -156,8 +156,6 @@ class _Run:
             # A run that goes on loads the turned weights from its checkpoint.
             columns = [] if checkpoints(self.work) else paired(self.sets)
             nesting = config.nesting(int(model.get_embedding_dimension() or 0))
-            if config.rotate == "learned" and len(nesting) < 2:
-                raise InputError("rotate learned needs a width below the full one to learn axes for; give widths")
             add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
         if config.lora is not None:
             with _seeded(config.seed):
@@ -223,6 +221,8 @@ class _Run:
         """Run the trainer, from the newest checkpoint if there is one, and put the best weights into the model."""
         config, found = self.config, checkpoints(self.work)
         self.steps = 0
+        if config.epochs == 0:
+            return
         optimizers: Any = (None, None)
         if self.static:
             make_row_sparse(self.model)
