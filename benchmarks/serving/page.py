@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import save
 from run import Server, free_port, index_of, static_model, texts_of
+
+from common import save
 
 HERE = Path(__file__).parent
 SLIDE = """async (n) => {

@@ -131,8 +131,8 @@ def _embeddings_request(service: Service) -> Schema:
 
 def _search_request(service: Service) -> Schema:
     texts: Schema = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": service.allowed.max_inputs}
-    numbers = {"type": "array", "items": {"type": "number"}}
-    numbers |= {"minItems": service.allowed.width, "maxItems": service.allowed.width}
+    width = service.allowed.width
+    numbers: Schema = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
     coded = {"type": "string", "contentEncoding": "base64"}
     properties = {
         "query": _maybe({"anyOf": [TEXT, texts]}),
