@@ -46,7 +46,7 @@ def first_paints(browser: Any, url: str, rounds: int) -> tuple[list[float], int]
         context = browser.new_context()
         page = context.new_page()
         answers: list[Any] = []
-        page.on("response", answers.append)
+        page.on("response", lambda one, seen=answers: seen.append(one))
         page.goto(url)
         page.wait_for_selector("#searching:not([hidden])")
         paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
@@ -96,7 +96,7 @@ def main() -> None:
         for items in (1000,) if smoke else (10_000, 100_000):
             index, port = index_of(folder / f"{items}.matryo", model, items), free_port()
             line = [sys.executable, "-m", "matryo", "serve", str(model), "--index", str(index), "--port", str(port)]
-            servers[items] = Server("page", [*line, "--threads", "1", "--no-access-log"], port, "static")
+            servers[items] = Server("page", [*line, "--threads", "1", "--insecure", "--no-access-log"], port, "static")
         try:
             with sync_playwright() as playwright:
                 options = ["--no-sandbox"] if os.geteuid() == 0 else []
