@@ -29,7 +29,7 @@ SHAPE = {"message", "type", "param", "code"}
 class Fragile:
     """Word counts in 8 dimensions; some words make it fail in some way. Waits for `gate` where a text says 'slow'."""
 
-    name, width, max_tokens, vocabulary, pads, inline_tokens = "fragile", 8, 50, None, True, 0
+    name, width, max_tokens, vocabulary, pads, inline_tokens, layers = "fragile", 8, 50, None, True, 0, None
 
     def __init__(self) -> None:
         self.gate = threading.Event()
