@@ -117,7 +117,8 @@ def main() -> None:
             del base
         else:
             queries = np.load(options.queries)[: options.asked]
-        derive(folder, options.stage)
+        if options.build_only:
+            derive(folder, options.stage)
         rows = [] if options.build_only else measure(folder, options.stage, queries, size)
     if rows and (options.out or not options.smoke):
         save(options.out or Path(__file__).parent / "results" / f"bandwidth-{rows[0]['items']}.jsonl", rows)

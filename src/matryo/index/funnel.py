@@ -26,6 +26,10 @@ ROUNDING = 1e-6
 """Below the difference of any two Hamming distances as cosines, above what float32 makes of equal ones."""
 
 
+LEADING = 1 << 14
+"""Costs, at least, that give a first limit."""
+
+
 class Source(Protocol):
     """Where candidates come from. Rows are int64, ascending; scores are float32, larger is better."""
 
@@ -174,6 +178,13 @@ def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
     barred = barred_cost(costs_N)
     if n >= len(costs_N):
         return np.flatnonzero(costs_N < barred)
+    leading = max(LEADING, len(costs_N) >> 4)
+    if len(costs_N) > 2 * leading and n <= leading >> 3:
+        # The n-th lowest of the leading costs bars most of the others, and comparing is quicker than selecting.
+        limit = np.partition(costs_N[:leading], n - 1)[n - 1]
+        if limit < barred:
+            among = np.flatnonzero(costs_N <= (limit + costs_N.dtype.type(slack) if slack else limit))
+            return among[best(costs_N[among], n, slack)]
     edge = np.partition(costs_N, n - 1)[n - 1]
     if edge == barred:
         return np.flatnonzero(costs_N < barred)
