@@ -1,4 +1,4 @@
-"""The n lowest costs, by a limit from the leading ones, are those of all costs sorted, lower rows first among equals."""
+"""The n lowest costs, by a limit from the leading ones, are those of all sorted, lower rows first among equals."""
 
 import numpy as np
 import pytest
