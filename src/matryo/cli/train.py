@@ -1,5 +1,6 @@
 """`matryo train`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +74,7 @@ def train(
     widths: Annotated[str | None, typer.Option(help="Widths to train, such as 64,128,256.")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight per width.")] = None,
     dim: Annotated[int | None, typer.Option(help="Full width of a new static encoder.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Name of the loss; info_nce if not given.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Name of the loss (info_nce), or package.module:function.")] = None,
     loss_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the loss; repeat for more.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model that the loss learns from, or its vectors.")] = None,
     data: Annotated[
@@ -102,6 +103,9 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    user_code: Annotated[
+        bool, typer.Option("--user-code", help="Allow losses named package.module:function, and import them.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -110,10 +114,11 @@ def train(
     Example: matryo train pairs.jsonl.gz --out runs/first --widths 32,64,128,256 --dev dev-set/
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("config", "resume", "as_json"):
+    for name in ("config", "resume", "as_json", "user_code"):
         given.pop(name, None)
-    settings = _settings(given, config)
-    model = _run(settings, resume)
+    with _allowing(user_code):
+        settings = _settings(given, config)
+        model = _run(settings, resume)
     if model is None:
         return
     assert model.nesting is not None
@@ -121,6 +126,14 @@ def train(
         say_json({"model": str(settings.out), "widths": model.nesting.widths, "scores": model.card.scores})
     else:
         say(f"{settings.out}: a nested model of widths {', '.join(map(str, model.nesting.widths))}")
+
+
+def _allowing(user_code: bool) -> AbstractContextManager[None]:
+    if not user_code:
+        return nullcontext()
+    from matryo.training import user_code as allowing
+
+    return allowing()
 
 
 def _settings(given: dict[str, Any], config: Path | None) -> "TrainConfig":

@@ -13,5 +13,6 @@ from matryo.training.config import DataConfig, LoraConfig, StaticConfig, TrainCo
 from matryo.training.heads import load_head
 from matryo.training.progress import Step
 from matryo.training.run import train
+from matryo.training.user_losses import user_code
 
-__all__ = ["DataConfig", "LoraConfig", "StaticConfig", "Step", "TrainConfig", "load_head", "train"]
+__all__ = ["DataConfig", "LoraConfig", "StaticConfig", "Step", "TrainConfig", "load_head", "train", "user_code"]

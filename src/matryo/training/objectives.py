@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from matryo import losses
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
+from matryo.training.user_losses import imported
 
 Kind = Literal["pairs", "triplets", "lists", "labelled", "scored", "texts"]
 OWN = {"nesting", "per_width", "group", "ignore", "targets", "chunk", "capacity"}
@@ -23,8 +24,8 @@ class Recipe:
     """A loss that the trainer knows by name."""
 
     rows: Kind
-    function: str
-    """Its name in `matryo.losses`."""
+    function: Any
+    """Its name in `matryo.losses`; or itself."""
     other_rows: bool = True
     """Whether a row's term depends on the other rows of the batch, so that processes have to gather theirs."""
     by_label: bool = False
@@ -39,7 +40,7 @@ class Recipe:
     @property
     def call(self) -> Any:
         """The function."""
-        return getattr(losses, self.function)
+        return getattr(losses, self.function) if isinstance(self.function, str) else self.function
 
     @property
     def signature(self) -> Mapping[str, Any]:
@@ -99,8 +100,11 @@ def _is_list(value: Any) -> bool:
 
 def recipe(name: str) -> Recipe:
     """The loss of this name."""
+    if ":" in name:
+        kind, function = imported(name)
+        return Recipe(cast(Kind, kind), function)
     if name not in RECIPES:
-        raise InputError(f"unknown loss {name!r}; use one of {', '.join(RECIPES)}")
+        raise InputError(f"unknown loss {name!r}; use one of {', '.join(RECIPES)}, or package.module:function")
     return RECIPES[name]
 
 
@@ -142,5 +146,7 @@ def _option_tensor(parameter: inspect.Parameter) -> bool:
 
 def _without_tensors(kind: Any) -> Any:
     """The type without what a configuration file cannot hold: tensors; a nesting is given as its widths."""
+    if kind is inspect.Parameter.empty:
+        return Any
     kept = [tuple[int, ...] if member is Nesting else member for member in _members(kind) if member is not Tensor]
     return Union[tuple(kept)]  # noqa: UP007 - the members are only known here
