@@ -13,7 +13,7 @@ import numpy as np
 from matryo.core.codecs import Int8
 from matryo.index.column import Column
 from matryo.index.funnel import barred_cost, best
-from matryo.index.scans.common import Allowed, Float32s, Found, Rows, Scored, asked_first, filled, settled
+from matryo.index.scans.common import Allowed, Float32s, Found, Scored, asked_first, filled, settled
 from matryo.index.trained import faiss_module
 
 COSTS_AT_A_TIME = 1 << 24
