@@ -133,11 +133,11 @@ def overloaded(url: str, request, seconds: float) -> None:
 
 @pytest.mark.parametrize("seconds", [1.5, full(60.0)])
 def test_overload_is_refused_and_what_is_taken_is_answered(serve, exported, seconds):
-    """A transformer, texts of 66 tokens; a request that would wait half the timeout is refused."""
+    """A transformer, texts of some 68 tokens; a request that would wait half the timeout is refused."""
     texts, timeout = (4, 3) if seconds < 60 else (16, 5)
     line = ("--name", "words", "--no-access-log", "--threads", 1, "--timeout", timeout)
     one = serve(exported, *line, OMP_NUM_THREADS="1")
-    overloaded(one.url, lambda n: embed([f"mail game library {n} {m} " * 11 for m in range(texts)]), seconds)
+    overloaded(one.url, lambda n: embed([f"mail game library {1000 + n} {m} " * 11 for m in range(texts)]), seconds)
     one.stop()
 
 
