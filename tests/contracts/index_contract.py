@@ -21,6 +21,11 @@ def rows(n: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32) * scale * 3
 
 
+def rows_of(scanned):
+    """The rows of each query's answer, without the scores."""
+    return [found for _, found in scanned]
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
 

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from index_contract import names, rows, unit
+from index_contract import names, rows, rows_of, unit
 
 from matryo.core.errors import DamagedError
 from matryo.core.plan import Plan
@@ -52,19 +52,19 @@ def test_searches_are_exact_while_it_is_built_and_go_on_through_it(gate, text):
     stored, queries = Stored(rows(N)), unit(rows(5, seed=5)).astype(np.float32)
     stage = Plan.parse(text).stages[0]
     scan = Scanner(stage)
-    early = scan.scan(stage, queries, 10, stored, 400, None)
+    early = rows_of(scan.scan(stage, queries, 10, stored, 400, None))
     assert gate.begun.wait(5)
     assert scan.sealed is None
     truth = [np.sort(np.argsort(-(unit(stored.base[:400, :32]) @ unit(query[None, :32])[0]))[:10]) for query in queries]
     assert np.mean([len(set(a) & set(b)) for a, b in zip(early, truth, strict=True)]) > 9.5
     # Rows written meanwhile are found too, and belong to the tail afterwards.
-    more = scan.scan(stage, queries, 10, stored, N, None)
+    more = rows_of(scan.scan(stage, queries, 10, stored, N, None))
     assert scan.sealed is None
     assert scan.end == N
     gate.set()
     scan.wait()
     assert (scan.rows, scan.end) == (400, N)
-    late = scan.scan(stage, queries, 10, stored, N, None)
+    late = rows_of(scan.scan(stage, queries, 10, stored, N, None))
     assert np.mean([len(set(a) & set(b)) for a, b in zip(more, late, strict=True)]) > 9
 
 
@@ -81,7 +81,7 @@ def test_one_build_at_a_time_and_none_again_after_it_failed(monkeypatch):
     stage = Plan.parse(GRAPH).stages[0]
     scan = Scanner(stage)
     for _ in range(3):
-        assert len(scan.scan(stage, queries, 10, stored, 400, None)[0]) == 10
+        assert len(rows_of(scan.scan(stage, queries, 10, stored, 400, None))[0]) == 10
         scan.wait()
     assert begun == [400]
     scan.scan(stage, queries, 10, stored, N, None)

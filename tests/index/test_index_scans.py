@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_contract import names, rows, unit
+from index_contract import names, rows, rows_of, unit
 
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
@@ -104,7 +104,7 @@ def scanned(index: Index, plan: str, queries: np.ndarray, mask: np.ndarray) -> l
 
     stage = Plan.parse(plan).stages[0]
     snapshot = index._current()
-    return View(snapshot, Allowed(mask)).scan(stage, unit(queries).astype(np.float32), stage.keep)
+    return rows_of(View(snapshot, Allowed(mask)).scan(stage, unit(queries).astype(np.float32), stage.keep))
 
 
 @pytest.mark.parametrize(("code", "scan"), [pair for pair in PAIRS if pair[1] == "flat"])
@@ -158,7 +158,7 @@ def test_a_long_tail_is_merged_aside_and_nothing_changes_but_speed(text, monkeyp
     monkeypatch.setattr(module, "TAIL_LEAST", 50)
     stored, queries = Stored(rows(700)), unit(rows(3, seed=5)).astype(np.float32)
     scan = Scanner(parsed(text))
-    assert len(scan.scan(parsed(text), queries, 20, stored, 400, None)[0]) == 20
+    assert len(rows_of(scan.scan(parsed(text), queries, 20, stored, 400, None))[0]) == 20
     assert (scan.rows, scan.end) == (400, 400)
     scan.cover(stored, 430)
     scan.wait()
@@ -166,9 +166,9 @@ def test_a_long_tail_is_merged_aside_and_nothing_changes_but_speed(text, monkeyp
     scan.cover(stored, 520)
     scan.wait()
     assert (scan.rows, scan.end) == (520, 520)
-    older = scan.scan(parsed(text), queries, 300, stored, 450, None)
+    older = rows_of(scan.scan(parsed(text), queries, 300, stored, 450, None))
     assert all(found.max() < 450 and len(found) == 300 for found in older)  # a reader of an earlier commit
-    got = scan.scan(parsed(text), queries, 100, stored, 700, None)
+    got = rows_of(scan.scan(parsed(text), queries, 100, stored, 700, None))
     scan.wait()
     for query, found in zip(queries, got, strict=True):
         order = np.argsort(-(stored.base @ query))
@@ -183,7 +183,7 @@ def test_fewer_rows_than_cells_are_all_tail():
     stored, queries = Stored(rows(30)), unit(rows(2, seed=5)).astype(np.float32)
     stage = parsed("32:int8 ivf(cells=20,probe=2)")
     scan = Scanner(stage)
-    early = scan.scan(stage, queries, 5, stored, 19, None)
+    early = rows_of(scan.scan(stage, queries, 5, stored, 19, None))
     assert scan.sealed is None
     flat = [np.sort(np.argsort(-(stored.base[:19, :32] @ query[:32]))[:5]) for query in queries]
     assert sum(len(set(a) & set(b)) for a, b in zip(early, flat, strict=True)) >= 8
@@ -303,7 +303,7 @@ def test_a_flat_scan_never_hands_on_fewer_than_it_may_nor_what_it_must_not(n, ba
     mask = np.ones(n, bool)
     mask[np.random.default_rng(seed).permutation(n)[:barred]] = False
     stage = parsed(f"32:{code}")
-    for found in Scanner(stage).scan(stage, queries, keep, stored, n, Allowed(mask)):
+    for found in rows_of(Scanner(stage).scan(stage, queries, keep, stored, n, Allowed(mask))):
         assert len(found) == min(keep, mask.sum())
         assert mask[found].all()
         assert (np.diff(found) > 0).all()
