@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import matryo as mt
 from matryo.core.errors import InputError
 from matryo.training import TrainConfig, train
-from matryo.training.data import Shares
 from matryo.training.trainer import checkpoints
 
 SCRIPT = Path(__file__).with_name("several_trainers.py")
@@ -79,53 +76,6 @@ def test_two_processes_give_what_one_gives(trainers, row_files, tmp_path):
         assert model.encode(["mail server"], width=8).shape == (1, 8)
 
 
-def test_uneven_last_batches_are_shared_out(trainers, row_files, tmp_path):
-    """199 rows leave 3 and 119 leave 7: a process has a row more than the other, and the step is that of one process.
-
-    Losses of a row's own (cross-entropy, triplets), of everyone's rows, gathered ones, and two data sets in one run.
-    """
-    files = {}
-    for name in ("pairs", "scored", "labelled", "triplets"):
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("\n".join(row_files[name].read_text().splitlines()[:-1]))
-    options = {**SMALL, "batch_size": 28}
-    runs = {
-        "info_nce": {"pairs": files["pairs"], "symmetric": True},
-        "cosent": {"pairs": files["scored"], "loss": "cosent"},
-        "cross_entropy": {"pairs": files["labelled"], "loss": "cross_entropy"},
-        "triplet": {"pairs": files["triplets"], "loss": "triplet"},
-        "several": {"data": [{"path": files["pairs"]}, {"path": files["labelled"], "loss": "cross_entropy"}]},
-    }
-    jobs = [{"config": {**options, **more, "out": tmp_path / "two" / name}} for name, more in runs.items()]
-    statuses, said = trainers(jobs)
-    assert statuses == [[0, 0]] * len(jobs), said
-    for name, more in runs.items():
-        train(TrainConfig(**{**options, **more, "out": tmp_path / "one" / name}))
-        assert_close(tmp_path / "one" / name, tmp_path / "two" / name)
-        steps = [
-            json.loads((tmp_path / n / name / "matryo.json").read_text())["training"]["steps"] for n in ("one", "two")
-        ]
-        assert steps[0] == steps[1]
-
-
-def test_too_few_rows_to_share(config, tmp_path, monkeypatch):
-    (tmp_path / "three.jsonl").write_text('{"anchor": "a", "positive": "b"}\n' * 3)
-    monkeypatch.setattr("matryo.training.processes.count", lambda: 4)
-    with pytest.raises(InputError, match="4 processes cannot share the 3 rows of a data set; start fewer"):
-        train(config(pairs=tmp_path / "three.jsonl"))
-
-
-@given(st.lists(st.integers(1, 30), max_size=5), st.integers(1, 5))
-def test_shares_are_even_and_in_order(sizes, count):
-    inner = [list(range(100 * n, 100 * n + size)) for n, size in enumerate(sizes)]
-    shares = list(Shares(inner, count))
-    assert len(Shares(inner, count)) == count * len(inner)
-    kept = [batch for batch in inner if len(batch) >= count]
-    parts = [shares[n : n + count] for n in range(0, len(shares), count)]
-    assert [[row for part in batch for row in part] for batch in parts] == kept
-    assert all(max(map(len, batch)) - min(map(len, batch)) <= 1 for batch in parts)
-
-
 def test_killed_processes_resume_to_the_same_bits(trainers, row_files, dev_folder, tmp_path):
     several = [
         {"path": row_files["pairs"], "name": "pairs"},
@@ -160,12 +110,14 @@ def test_mistakes_of_several_processes(trainers, row_files, tmp_path):
     plain = {**SMALL, "pairs": row_files["pairs"], "out": tmp_path / "model"}
     jobs = [
         {"config": {**plain, "batch_size": 41}},
+        {"config": {**plain, "batch_size": 400}},
         {"config": plain, "differently": {"1": {"seed": 7}}},
     ]
     statuses, said = trainers(jobs)
-    assert statuses == [[2, 2]] * 2
+    assert statuses == [[2, 2]] * 3
     assert "batch_size 41 counts the rows of all processes together and must be a multiple of their number, 2" in said
     assert "try 40" in said
+    assert "batch_size 400 is more than the 200 rows of a data set; lower it" in said
     assert "processes disagree on the configuration: process 1 differs from process 0 (config.seed" in said
     assert not (tmp_path / "model").exists()
 

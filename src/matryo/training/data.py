@@ -1,9 +1,8 @@
 """The data sets of a run: files read into columns of texts and what stands beside them, and batches made of them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -293,32 +292,7 @@ def check_batches(sets: Sequence[Rows], batch_size: int) -> None:
             )
 
 
-class Shares:
-    """Every batch cut into one part for each process, one after the other, of as many rows give or take one.
-
-    accelerate hands the parts out in turn. Left to share out a batch itself it would fill the last one of an epoch with
-    rows of the first, which are trained on twice, or leave processes without a batch, which hangs the others. A last
-    batch of fewer rows than processes is left out.
-    """
-
-    batch_size = None
-    """Parts differ in length."""
-    drop_last = False
-
-    def __init__(self, sampler: Any, count: int) -> None:
-        self.inner, self.count = sampler, count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.inner:
-            if len(batch) >= self.count:
-                edges = [len(batch) * n // self.count for n in range(self.count + 1)]
-                yield from (batch[start:end] for start, end in pairwise(edges))
-
-    def __len__(self) -> int:
-        return len(self.inner) * self.count
-
-
-def batches(sets: Sequence[Rows], batch_size: int, mixing: str, fewest: int) -> int:
-    """How many batches of at least `fewest` rows an epoch has."""
-    each = [len(rows) // batch_size + (len(rows) % batch_size >= fewest) for rows in sets]
+def batches(sets: Sequence[Rows], batch_size: int, mixing: str, drop_last: bool) -> int:
+    """How many batches an epoch has."""
+    each = [len(rows) // batch_size if drop_last else -(-len(rows) // batch_size) for rows in sets]
     return min(each) * len(each) if mixing == "round_robin" else sum(each)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.core.sampling import WidthSampler
-from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce, row_share
+from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce
 from matryo.training import processes
 from matryo.training.caching import cached_embeddings
 from matryo.training.objectives import check_arguments, recipe
@@ -30,13 +30,11 @@ class Batch:
     """(B,) groups, classes or scores."""
     taught: Sequence[Tensor] = ()
     """The teacher's vectors of the same texts, (B, E) each."""
-    capacity: int | None = None
-    """The most rows of any process, if known: their numbers are then not exchanged ahead."""
 
     def everyone(self) -> "Batch":
-        """The rows of all processes."""
+        """The rows of all processes. Each has as many, so their number need not be exchanged."""
         columns = [*self.columns, *(x.to(self.columns[0].device) for x in self.taught)]
-        every = gather_with_gradient(columns, labels=self.labels, capacity=self.capacity)
+        every = gather_with_gradient(columns, labels=self.labels, capacity=len(columns[0]))
         count = len(self.columns)
         return Batch(every.columns[:count], every.labels, every.columns[count:])
 
@@ -81,7 +79,8 @@ class Part(nn.Module):
         options = {**self._options(nesting), "nesting": nesting, "per_width": True}
         if self.loss == "info_nce" and processes.count() > 1:
             # Every process takes its own anchors; other losses compare all rows on each process.
-            total, values = gathered_info_nce(batch.columns, group=batch.labels, capacity=batch.capacity, **options)
+            size = len(batch.columns[0])
+            total, values = gathered_info_nce(batch.columns, group=batch.labels, capacity=size, **options)
         else:
             if self.recipe.other_rows and processes.count() > 1:
                 batch = batch.everyone()
@@ -89,10 +88,6 @@ class Part(nn.Module):
                 nothing = torch.stack([x.sum() for x in batch.columns]).sum() * 0
                 return nothing, nothing.detach().expand(len(nesting))
             total, values = self._call(batch, options)
-            if not self.recipe.other_rows:
-                # A mean over own rows, of which the last batch of an epoch may give one process more than another.
-                share = row_share(len(batch.columns[0]), total.device)
-                total, values = total * share, values * share
         return self.weight * total, values
 
     def _call(self, batch: Batch, options: dict[str, Any]) -> Any:
@@ -139,12 +134,8 @@ class NestedObjective(nn.Module):
         parts: Mapping[str, Part],
         sampler: WidthSampler | None = None,
         mini_batch_size: int | None = None,
-        capacity: int | None = None,
     ) -> None:
-        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step.
-
-        `capacity` is the most rows that a process has in a step.
-        """
+        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step."""
         super().__init__()
         self.model = model
         self.nesting = nesting
@@ -152,7 +143,7 @@ class NestedObjective(nn.Module):
         self.parts = dict(parts)
         self.losses = nn.ModuleList(parts.values())
         self.sampler = sampler
-        self.mini_batch_size, self.capacity = mini_batch_size, capacity
+        self.mini_batch_size = mini_batch_size
 
     def forward(
         self,
@@ -170,7 +161,7 @@ class NestedObjective(nn.Module):
         part = self.parts[name] if name is not None else next(iter(self.parts.values()))
         columns = self.embed(features)
         try:
-            total, values = part(Batch(columns, labels, taught, self.capacity), nesting)
+            total, values = part(Batch(columns, labels, taught), nesting)
         except InputError as error:
             blame = _bad_row(columns)
             raise InputError(blame) if blame else error from error

@@ -173,12 +173,12 @@ class _Run:
         check_batches(self.sets, self.config.batch_size)
         if self._batches() < 1:
             raise InputError(
-                f"{processes.count()} processes cannot share the {min(len(rows) for rows in self.sets)} rows of a data "
-                "set; start fewer"
+                f"several processes take whole batches only, and batch_size {self.config.batch_size} is more than the "
+                f"{min(len(rows) for rows in self.sets)} rows of a data set; lower it"
             )
 
     def _batches(self) -> int:
-        return batches(self.sets, self.config.batch_size, self.config.mixing, processes.count())
+        return batches(self.sets, self.config.batch_size, self.config.mixing, drop_last=processes.count() > 1)
 
     def _objective(self) -> NestedObjective:
         config = self.config
@@ -186,8 +186,7 @@ class _Run:
             parts = {rows.name: self._part(rows) for rows in self.sets}
         keep = config.sample_widths
         sampler = None if keep is None else WidthSampler(self.nesting, keep, config.seed)
-        capacity = config.batch_size // processes.count()
-        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, capacity)
+        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size)
 
     def _part(self, rows: Rows) -> Part:
         arguments = dict(rows.config.loss_args)
@@ -267,7 +266,7 @@ class _Run:
         return text_datasets(self.sets), collator if self.teachers else None
 
     def _arguments(self) -> SentenceTransformerTrainingArguments:
-        config, an_epoch = self.config, self._batches()
+        config, an_epoch, several = self.config, self._batches(), processes.count() > 1
         extra = any(True for _ in self.objective.losses.parameters())
         steps = min(an_epoch * config.epochs, config.max_steps or an_epoch * config.epochs)
         often = {"steps": config.save_steps} if config.save_steps else {"epoch": None}
@@ -277,8 +276,10 @@ class _Run:
             output_dir=str(self.work),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
-            # The batch of all processes: `Shares` cuts it up.
             per_device_train_batch_size=config.batch_size,
+            # One batch a step whatever the number of processes, of one data set, each taking its part of the rows.
+            accelerator_config={"split_batches": several},
+            dataloader_drop_last=several,
             multi_dataset_batch_sampler=config.mixing,
             learning_rate=config.rate(self.static),
             learning_rate_mapping={r"^losses\.": config.head_rate(self.static)} if extra else {},

@@ -12,7 +12,6 @@ from datasets import DatasetDict
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,7 +19,7 @@ from matryo.core.files import fsync_file, fsync_folder
 from matryo.core.prefix import Nesting
 from matryo.encoders.folder import disk_errors
 from matryo.training import processes
-from matryo.training.data import Shares, Teacher, batches_by_label, batches_without_duplicates
+from matryo.training.data import Teacher, batches_by_label, batches_without_duplicates
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
 STAGING = ".unfinished"
@@ -102,8 +101,6 @@ class NestedTrainer(SentenceTransformerTrainer):
         names = [n for n, d in datasets.items() if d is dataset] if isinstance(datasets, DatasetDict) else []
         name = names[0] if names else next(iter(self.loss.parts))
         wanted = self.loss.parts[name].recipe
-        # What `Shares` would leave out must not be counted among the steps of an epoch.
-        options["drop_last"] = 0 < len(dataset) % options["batch_size"] < processes.count()
         if wanted.by_label:
             return batches_by_label(dataset, *args, **options)
         if self.no_duplicates and wanted.rows == "pairs":
@@ -113,12 +110,7 @@ class NestedTrainer(SentenceTransformerTrainer):
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         self.batches: Any = loader.batch_sampler
-        if processes.count() == 1:
-            return loader
-        shares: Any = Shares(self.batches, processes.count())
-        return DataLoader(
-            loader.dataset, batch_sampler=shares, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
-        )
+        return loader
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Our own card is written at the end; theirs would sample and tokenise the data first."""
