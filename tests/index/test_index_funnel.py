@@ -29,8 +29,12 @@ class Arrays:
     count = property(lambda self: len(self.base))
 
     def scan(self, stage, queries_QD, n):
-        everything = np.arange(len(self.base))
-        return [everything[best(-self.rescore(stage, query, everything), n)] for query in queries_QD]
+        everything, answers = np.arange(len(self.base)), []
+        for query in queries_QD:
+            scores = self.rescore(stage, query, everything)
+            rows = everything[best(-scores, n)]
+            answers.append((scores[rows], rows))
+        return answers
 
     def rescore(self, stage, query_D, rows_R):
         made = index_codec(stage.code, stage.width)
