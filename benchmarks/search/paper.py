@@ -37,7 +37,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import matryo
 from common import save
-from matryo.core.plan import Plan
+from matryo.core.plan import Plan, Stage
 from matryo.core.records import rows as table_rows
 from matryo.index import Index
 
@@ -133,6 +133,12 @@ def vectors_of(options: Any, work: Path, documents: list[str], asked: list[str])
     return found
 
 
+def saved_as(stage: Stage, full: int) -> str:
+    """Pattern of the file in which an index keeps what this stage scans."""
+    name = "float32-hnsw*" if stage.scan == "hnsw" else "bounds.*" if stage.width == full else "float32.*"
+    return f"*-{stage.width}-{name}"
+
+
 def built(folder: Path, vectors: np.ndarray, numbers: np.ndarray, scans: list[str]) -> Path:
     """The index with what the plans scan, each saved as soon as it is there. What is there already is left alone."""
     full = vectors.shape[1]
@@ -145,6 +151,8 @@ def built(folder: Path, vectors: np.ndarray, numbers: np.ndarray, scans: list[st
         part.rename(folder)
     for scan in scans:
         for plan in dict.fromkeys(str(Plan(Plan.parse(p).stages[:1])) for p in plans(full, scan == "hnsw").values()):
+            if any((folder / "codes").glob(saved_as(Plan.parse(plan).stages[0], full))):
+                continue
             began = time.perf_counter()
             # Closed after each, so that it is saved.
             with Index.open(folder) as index:

@@ -168,6 +168,8 @@ def test_what_cannot_be_calibrated_is_refused_and_changes_nothing(index, spectru
         index.calibrate(spectrum[1][:0])
     with pytest.raises(InputError, match="row 1 holds NaN"):
         index.calibrate(np.array([[1.0] * 64, [np.nan] * 64]))
+    with pytest.raises(InputError, match="row 2 is all zeros"):
+        index.calibrate(np.concatenate([spectrum[1][:2], np.zeros((1, 64))]))
     with pytest.raises(InputError, match="k must be an integer of at least 1"):
         index.calibrate(spectrum[1], k=0)
     with pytest.raises(InputError, match="the index holds 1500 items and k is 1500"):

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.plan import Plan, Stage
 from matryo.index.funnel import check_plan
 from matryo.planner.candidates import candidates, halves, least_bytes
+from matryo.planner.trial import Sample, Target
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,59 @@ def test_the_full_width_is_measured_in_every_code_beside_its_prefixes():
     for plan in found:
         assert check_plan(plan, 64) == plan
         assert least_bytes(plan) >= 0
+    # At equal bytes: bits of all 64 dimensions beside two bits' worth of int4 of 16.
+    by_bytes = {(s.width, s.code): least_bytes(Plan((s, Stage(64, "float32")))) for s in firsts if s.code != "float32"}
+    assert by_bytes[64, "binary"] == by_bytes[16, "int4"] == 8
+
+
+def test_three_stages_and_cells_at_half_the_width_take_part():
+    few = [str(plan) for plan in candidates(768, 20_000)]
+    assert "192:binary keep 400 > 384:int8 keep 100 > 768:float32" in few
+    assert "96:binary keep 400 > 192:binary keep 100 > 768:float32" in few
+    assert least_bytes(Plan.parse("192:binary keep 400 > 384:int8 keep 100 > 768:float32")) == 24 + 384
+    assert not any("hnsw" in text or "cells" in text for text in few)
+    many = [str(plan) for plan in candidates(768, 1_000_000)]
+    assert set(few) < set(many)
+    assert "384:pq32 ivf(cells=256,probe=32,at=192) keep 100 > 768:float32" in many
+    assert any(text.startswith("192:int8 hnsw(") for text in many)
+
+
+def test_what_a_further_item_costs_is_measured_over_repeated_codes_and_changes_nothing(data, tmp_path):
+    rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
+    sample = Sample(tmp_path / "s", rows, queries[:100], Target(10, 0.8, 0.9))
+    for text in ("64:binary keep 100 > 64:float32", "32:int8 keep 60 > 64:float32", "16:float32 keep 60 > 64:float32"):
+        trial = sample.attempt(Plan.parse(text))
+        before = trial.index.search(queries[0], plan=trial.plan)
+        loaded = trial.index.stats()["codes"]
+        assert sample.item_ms(trial, 10_000_000) >= 0
+        assert sample.item_ms(trial, len(rows)) is None
+        assert trial.index.search(queries[0], plan=trial.plan) == before
+        assert trial.index.stats()["codes"] == loaded
+        trial.index.close()
+    graph = sample.attempt(Plan.parse("32:int8 hnsw(M=8,ef=80) keep 60 > 64:float32"))
+    assert sample.item_ms(graph, 10_000_000) is None
+    graph.index.close()
+
+
+def test_a_killed_plan_leaves_the_files_of_the_one_before(data, tmp_path):
+    for name, content in (("vectors", data[0]), ("queries", data[1][:300])):
+        np.save(tmp_path / f"{name}.npy", content)
+    (tmp_path / "temporary").mkdir()
+    out = tmp_path / "plan.yaml"
+    out.write_text("plan: 64:float32\n")
+    code = "import sys; from matryo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "plan", str(tmp_path / "vectors.npy"), str(tmp_path / "queries.npy"),
+               "--recall", "0.8", "--confidence", "0.9", "--widths", "64", "--out", str(out)]  # fmt: skip
+    there = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, env=there, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert "items: " in child.stderr.readline()
+        os.kill(child.pid, signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    assert out.read_text() == "plan: 64:float32\n"
+    # What it measured on lies under the temporary folder, where it takes the system's sweeping; nothing else is there.
+    assert all(path.name.startswith("matryo-plan-") for path in (tmp_path / "temporary").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml", "queries.npy", "temporary", "vectors.npy"]
     assert halves(768) == [768, 384, 192, 96, 48, 24]
     assert halves(50) == [50, 24, 8]
 
@@ -176,6 +233,7 @@ def test_growth_is_said(plans):
         ({"queries": np.ones((0, 64))}, "0 queries cannot show"),
         ({"queries": np.ones((300, 32))}, r"queries: expected \(Q, 64\) numbers, got shape \(300, 32\)"),
         ({"queries": np.full((300, 64), np.nan)}, "queries: row 0 holds NaN"),
+        ({"queries": np.concatenate([np.ones((300, 64)), np.zeros((1, 64))])}, r"queries: row \d+ is all zeros"),
         ({"vectors": np.full((300, 64), np.nan)}, r"vectors \(a sample\): row 0 holds NaN"),
         ({"vectors": np.ones((30, 64))}, "30 vectors are too few to plan for k=10"),
         ({"vectors": np.ones(64)}, r"vectors: expected \(N, D\) numbers, got shape \(64,\)"),

@@ -1,11 +1,13 @@
 """The lines predictions are made of."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from matryo.core.errors import InputError
-from matryo.planner.quantities import amount, size
+from matryo.planner.quantities import amount, size, span
 from matryo.planner.scaling import Measured, held_out, predict
 
 
@@ -43,11 +45,11 @@ def test_whatever_was_measured_no_prediction_is_negative_or_falls_with_the_items
         assert said[1].ms <= said[2].ms + 1e-9
 
 
-def test_graphs_grow_with_the_logarithm():
+def test_graphs_grow_with_a_small_power():
     sizes = [
         Measured(n, 50, 50, 1, 1, 1, (n.bit_length() - 1) * 0.1, 0.1, 200 * n, 4 * n, 1) for n in (1024, 2048, 4096)
     ]
-    assert predict(sizes, 1 << 20, graph=True).ms == pytest.approx(2.0 + 0.1 + 0.1, rel=0.2)
+    assert 2.0 < predict(sizes, 1 << 20, graph=True).ms < 2 * 2.0
     assert predict(sizes, 1 << 20, graph=False).ms > 20
 
 
@@ -55,6 +57,23 @@ def test_one_size_alone_is_taken_to_grow_in_proportion_and_has_no_error():
     said = predict([at(1000)], 10_000, graph=False)
     assert said.keep == pytest.approx(10 * at(1000).keep, abs=1)
     assert held_out([at(1000), at(2000)], graph=False) is None
+
+
+def test_exact_search_is_predicted_from_sizes_that_had_its_codes():
+    whole = [replace(at(n), code_bytes=0) for n in (1000, 4000)]
+    coded = [replace(at(n, bytes_=784), item_ms=1e-5) for n in (16_000,)]
+    said = predict([*whole, *coded], 80_000, graph=False)
+    assert said.code_bytes == pytest.approx(784 * 80_000)
+
+
+def test_where_a_further_item_was_timed_the_scan_grows_by_that():
+    sizes = [replace(at(n), item_ms=3e-5) for n in (1000, 2000, 4000)]
+    said = predict(sizes, 20_000, graph=False)
+    plain = predict([at(n) for n in (1000, 2000, 4000)], 20_000, graph=False)
+    # `at` grows by 1e-5 an item; 16,000 items more at 2e-5 more each.
+    assert said.ms - plain.ms == pytest.approx(16_000 * 2e-5, rel=1e-6)
+    # At the sizes that were measured nothing changes.
+    assert predict(sizes, 4000, graph=False).ms == sizes[-1].ms
 
 
 def test_amounts_are_read_as_people_write_them():
@@ -66,6 +85,7 @@ def test_amounts_are_read_as_people_write_them():
     assert amount("items", "100M") == 1e8
     assert amount("budget", "2min") == 120
     assert size(2_500_000) == "2.5 MB"
+    assert [span(s) for s in (0.04, 90, 150, 7300, 10**6)] == ["0.04 s", "90 s", "2.5 min", "2 h", "278 h"]
     for bad in ("2 apples", "-1GB", "", "0", True, None, "infGB"):
         with pytest.raises(InputError, match="memory must be a number above 0, with one of the units B, KB"):
             amount("memory", bad)

@@ -19,7 +19,7 @@ from matryo.planner.candidates import candidates, halves, least_bytes
 from matryo.planner.plans import Plans, Rejected, Row
 from matryo.planner.quantities import amount, size
 from matryo.planner.scaling import Measured, held_out, predict
-from matryo.planner.trial import Sample, Target, Trial
+from matryo.planner.trial import TURNS, Sample, Target, Trial
 
 Float32s = NDArray[np.float32]
 Say = Callable[[str], None]
@@ -42,7 +42,7 @@ SLOWER = 1.15
 """Within this factor of the quickest the fewest bytes win: less is noise."""
 BEATEN = 1.5
 """A plan is dropped early when one with no more bytes is expected to be this many times quicker at the size to come."""
-BEATEN_AT_FIRST = 2.5
+BEATEN_AT_FIRST = 2.0
 """The same after the first sample, where what grows cannot be told yet."""
 
 
@@ -123,7 +123,7 @@ def plan(
         "candidates": run.started,
         "asked": "held-out items as queries" if held else f"new queries like the {len(asked)} given",
         "memory": limit, "latency": most, "budget": seconds, "seconds": round(time.perf_counter() - started, 2),
-        "model": "ms = scan (measured + b N, b over repeated codes; cells a + b N, graphs a + b log N) + after (c + d "
+        "model": "ms = scan (measured + b N, b over repeated codes; cells a + b N, graphs a N^b) + after (c + d "
                  "shortlist) + rest; shortlist ~ N^f",
     }  # fmt: skip
     return _settled(found, run.rejected, limit, most, (alone, reranked), facts)
@@ -213,8 +213,8 @@ class _Run:
         self.started = len(contest)
         while alive:
             began = time.perf_counter()
-            # The next size takes up to GROWTH times as long for each plan, much less while calls outweigh scans.
-            if self.sizes and began + 1.3 * spent * len(alive) / len(self.finished) > self.deadline:
+            # The next size takes up to GROWTH times as long a plan, much less while calls outweigh scans.
+            if self.sizes and began + 1.3 * spent * len(alive) > self.deadline:
                 break
             sample = Sample(self.folder / str(count), self.all_rows[:count], self.queries, self.target)
             known = len(self.rejected)
@@ -227,8 +227,9 @@ class _Run:
                 trial.index.close()
             self.finished, self.sample = done, sample
             self.sizes.append(count)
-            spent = time.perf_counter() - began
-            self.say(f"{count:,} items: {len(done)} plans measured in {spent:.1f} s")
+            took = time.perf_counter() - began
+            spent = took / len(done)
+            self.say(f"{count:,} items: {len(done)} plans measured in {took:.1f} s")
             if count == len(self.all_rows):
                 break
             alive = self._survivors()
@@ -284,7 +285,7 @@ class _Run:
         self.finished = kept
         self.sample.time([trial for _, trial in kept])
         for name, trial in kept:
-            self.history[name][-1] = self.sample.measured(trial, self.items)
+            self.history[name][-1] = self.sample.measured(trial, self.items, TURNS)
 
     def _survivors(self) -> list[Plan]:
         """The better half by how far each is beaten at the size to come, and all that are not clearly beaten.
@@ -300,7 +301,11 @@ class _Run:
                 at = f"at {self.items:,} items" if self.items > self.sizes[-1] else "here"
                 self.reject(name, f"dropped after {self.sizes[-1]:,} items: '{by}' needs no more bytes and is expected "
                                   f"to be {ratio:.1f} times quicker {at}")  # fmt: skip
-        return [trial.plan for name, trial in self.finished if name in kept]
+        for name, trial in self.finished:
+            if name not in kept:
+                trial.index.close()
+        self.finished = [(name, trial) for name, trial in self.finished if name in kept]
+        return [trial.plan for _, trial in self.finished]
 
     def _cost(self, name: str, trial: Trial) -> tuple[float, float]:
         """Bytes and milliseconds to be expected."""

@@ -9,7 +9,7 @@ from typing import Any
 from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.files import write_text
 from matryo.core.plan import Plan
-from matryo.planner.quantities import size
+from matryo.planner.quantities import size, span
 from matryo.planner.scaling import Measured, Predicted
 
 GROWS = (
@@ -107,6 +107,7 @@ class Plans:
             "predicted": {
                 "items": row.predicted.items, "ms": round(row.predicted.ms, 4),
                 "memory_bytes": round(row.predicted.code_bytes), "disk_bytes": round(row.predicted.disk_bytes),
+                "build_s": round(row.predicted.build_s, 1),
             },
         }  # fmt: skip
         head = "# Made by `matryo plan`. Calibrate the built index: matryo index calibrate INDEX --queries ...\n"
@@ -115,7 +116,10 @@ class Plans:
 
     def table(self) -> str:
         """Frontier and advice for a terminal."""
-        names = ("plan at this size", "recall", "at least", "bytes/item", "ms", "10-90 %", "ms then", "memory then")
+        names = (
+            "plan at this size", "recall", "at least", "bytes/item", "ms", "10-90 %", "ms then", "memory then",
+            "built then",
+        )  # fmt: skip
         cells = [cells_of(row) for row in self.frontier]
         sizes = [max(len(line[c]) for line in [names, *cells]) for c in range(len(names))]
         lines = [
@@ -193,4 +197,5 @@ def cells_of(row: Row) -> Sequence[str]:
         f"{last.ms_low:.2f}-{last.ms_high:.2f}",
         f"{row.predicted.ms:.2f}",
         size(row.predicted.code_bytes),
+        span(row.predicted.build_s),
     )

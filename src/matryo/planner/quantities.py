@@ -33,3 +33,11 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.3g} bytes"
+
+
+def span(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, factor in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.2g} {unit}" if seconds < 100 * factor else f"{seconds / factor:.0f} {unit}"
+    return f"{seconds:.2g} s"

@@ -4,7 +4,8 @@ A search is three parts, each measured by itself: the first stage's scan, what c
 ordering), and the rest of the call. With N items and a first shortlist of n:
 
     scan  = measured + b (N - measured N)    for flat scans, b measured over the same codes repeated, see `Trial`
-            a + b N                          for cells; a + b log N for graphs
+            a + b N                          for cells
+            a N^b                            for graphs, 0 <= b <= 0.4: log N steps, each dearer once caches are full
     after = c + d n
     rest  = its median
     n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall, longer by what the promise adds to it
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+GRAPH_POWER = 0.4
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,19 @@ def predict(measured: list[Measured], items: int, graph: bool, margin: float | N
     last = measured[-1]
     if items == last.items:
         return Predicted(items, last.keep, last.ms, last.code_bytes, last.disk_bytes, last.build_s)
+    # Exact search goes by codes from some size on; what was measured without them says nothing of what is to come.
+    measured = [m for m in measured if bool(m.code_bytes) == bool(last.code_bytes)]
     sizes = np.array([m.items for m in measured], dtype=np.float64)
     keeps = np.array([m.keep for m in measured], dtype=np.float64)
     margin = last.keep / last.least if margin is None else margin
     # More items never need a shorter shortlist, whatever a fit to noise says.
     least = max(float(last.least), _power(sizes, np.array([m.least for m in measured], dtype=np.float64), items))
     keep = margin * least
-    grown = (np.log(sizes), float(np.log(items))) if graph else (sizes, float(items))
-    if last.item_ms is None or items < last.items:
-        scan = _line(grown[0], np.array([m.scan_ms for m in measured]), grown[1])
+    scans = np.array([m.scan_ms for m in measured])
+    if graph:
+        scan = _power(sizes, scans, items, GRAPH_POWER)
+    elif last.item_ms is None or items < last.items:
+        scan = _line(sizes, scans, float(items))
     else:
         scan = last.scan_ms + last.item_ms * (items - last.items)
     after = _line(keeps, np.array([m.after_ms for m in measured]), keep)
@@ -111,8 +117,8 @@ def _line(x: Floats, y: Floats, at: float) -> float:
     return float(a + b * at)
 
 
-def _power(x: Floats, y: Floats, at: float) -> float:
-    """e `at`^f of the power law that fits y best on a log scale, 0 <= f <= 1; from one size, f = 1."""
-    centre = np.log(x) - np.log(x).mean()
-    slope = 1.0 if len(x) == 1 else float(np.clip((centre * np.log(y)).sum() / (centre**2).sum(), 0, 1))
+def _power(x: Floats, y: Floats, at: float, most: float = 1.0) -> float:
+    """e `at`^f of the power law that fits y best on a log scale, 0 <= f <= most; from one size, f = most."""
+    y, centre = np.maximum(y, 1e-9), np.log(x) - np.log(x).mean()
+    slope = most if len(x) == 1 else float(np.clip((centre * np.log(y)).sum() / (centre**2).sum(), 0, most))
     return float(np.exp(np.log(y).mean() + slope * (np.log(at) - np.log(x).mean())))

@@ -125,7 +125,7 @@ class Sample:
                     first, *later = [stage.milliseconds for stage in hits.explanation or ()]
                     trial.times.append((took, first, sum(later)))
 
-    def item_ms(self, trial: Trial, items: int) -> float | None:
+    def item_ms(self, trial: Trial, items: int, turns: int = 1) -> float | None:
         """Milliseconds that a further item adds to a flat scan; None for what is not a flat scan of a column.
 
         The sample's codes lie in a cache that those of all items would not fit. So they are repeated, up to the items
@@ -147,7 +147,7 @@ class Sample:
         larger.rows, larger.view = count, None
         keep = first.keep or 4 * self.target.k + 64
         times: dict[bool, list[float]] = {False: [], True: []}
-        for turn in range(TURNS):
+        for turn in range(turns):
             for long, over in ((False, column), (True, larger)):
                 for n in range(TIMED):
                     query = self.queries[None, (turn * TIMED + n) % len(self.queries)]
@@ -162,7 +162,7 @@ class Sample:
         more = float(np.median(times[True]) - np.median(times[False]))
         return max(0.0, more) / (count - column.rows)
 
-    def measured(self, trial: Trial, items: int) -> Measured:
+    def measured(self, trial: Trial, items: int, turns: int = 1) -> Measured:
         """The medians of a timed trial, and how its scan grows towards so many items."""
         stats: dict[str, Any] = trial.index.stats()
         whole, scan, after = np.array(trial.times).T
@@ -179,7 +179,7 @@ class Sample:
             sum(stats["codes"].values()),
             stats["vector_bytes"],
             trial.build_s,
-            self.item_ms(trial, items),
+            self.item_ms(trial, items, turns),
         )
 
     def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:
