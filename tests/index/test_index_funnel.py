@@ -29,12 +29,9 @@ class Arrays:
     count = property(lambda self: len(self.base))
 
     def scan(self, stage, queries_QD, n):
-        everything, answers = np.arange(len(self.base)), []
-        for query in queries_QD:
-            scores = self.rescore(stage, query, everything)
-            rows = everything[best(-scores, n)]
-            answers.append((scores[rows], rows))
-        return answers
+        everything = np.arange(len(self.base))
+        scored = [self.rescore(stage, query, everything) for query in queries_QD]
+        return [(scores[rows], rows) for scores in scored for rows in [best(-scores, n)]]
 
     def rescore(self, stage, query_D, rows_R):
         made = index_codec(stage.code, stage.width)
@@ -55,8 +52,9 @@ def plans(draw, full: int, keep_all: int | None = None):
     for n in range(count):
         width = draw(st.integers(width // 8, full // 8)) * 8
         keep = keep_all or draw(st.integers(1, keep))
-        last = n == count - 1
-        stages.append(Stage(width, draw(st.sampled_from(NAMES)), keep=None if last and not keep_all else keep))
+        kept = None if n == count - 1 and not keep_all else keep
+        within = None if n or kept is None or keep_all else draw(st.none() | st.sampled_from([1e-4, 0.05, 0.4, 2.0]))
+        stages.append(Stage(width, draw(st.sampled_from(NAMES)), keep=kept, within=within))
     return Plan(tuple(stages))
 
 
