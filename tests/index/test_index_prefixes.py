@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import matryo as mt
 from matryo.core.errors import InputError
 from matryo.core.prefix import truncate
+from matryo.index import prefixes
 
 N, D = 400, 24
 
@@ -86,3 +87,19 @@ def test_a_query_whose_prefix_is_nothing_scores_nothing(index):
 def test_an_empty_index_answers_nothing(tmp_path):
     with mt.Index.create(tmp_path / "i", width=4) as index:
         assert index.search(np.ones(4), width=2).ids == [[]]
+
+
+def test_blocks_of_queries_change_nothing(index, rows, monkeypatch):
+    queries = rows[:7] + 0.1
+    whole = index.search(queries, k=5, width=8)
+    monkeypatch.setattr(prefixes, "COSTS_AT_A_TIME", 2 * N)
+    assert index.search(queries, k=5, width=8) == whole
+
+
+def test_a_promise_of_the_full_width_is_none_of_a_prefix(tmp_path, rows):
+    with mt.Index.create(tmp_path / "i.matryo", width=D, plan=f"{D}:float32") as index:
+        index.upsert([str(n) for n in range(N)], rows)
+        index.calibrate(rows[:300] + 0.1, recall=0.9)
+        assert index.search(rows[0], explain=True).promise.startswith("expected recall")
+        said = index.search(rows[0], width=8, explain=True).promise
+        assert said == f"nothing is promised of this plan; '{D}:float32' was calibrated"

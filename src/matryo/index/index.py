@@ -249,10 +249,11 @@ class Index:
         reports: list[StageReport] | None = [] if explain else None
         with self._reading() as (connection, snapshot):
             state = snapshot.state
-            chosen = checked_plan(state.plan if plan is None else plan, state.width)
+            if width is None:
+                chosen = checked_plan(state.plan if plan is None else plan, state.width)
+            else:
+                chosen = Plan((Stage(check_width(width, state.width), "float32"),))
             unit = unit_queries(queries, state.width)
-            if width is not None:
-                chosen, width = Plan((Stage(state.width, "float32"),)), check_width(width, state.width)
             matches = None
             if condition is not None:
                 self._verify_items(connection, snapshot)

@@ -12,6 +12,7 @@ from matryo.core.plan import Stage
 from matryo.core.prefix import truncate
 from matryo.index.column import products
 from matryo.index.funnel import Float32s, Rows, StageReport, best
+from matryo.index.scans.flat import COSTS_AT_A_TIME
 from matryo.index.snapshot import FLOATS_AT_A_TIME, SLACK, View
 
 
@@ -27,14 +28,17 @@ def nearest(
         reports: gets one report when given.
     """
     stage, started = Stage(width, "float32"), time.perf_counter()
-    queries_Qd = truncate(queries_QD, width)
+    queries_Qd, k = truncate(queries_QD, width), min(k, view.count)
+    at_a_time = max(1, COSTS_AT_A_TIME // max(1, view.end))
     answers = []
-    for query_D, costs in zip(queries_QD, _costs(view, queries_Qd), strict=True):
-        rows = best(costs, min(k, view.count), SLACK)
-        # Scored once more, every row the same way: equal prefixes tie exactly.
-        scores = view.rescore(stage, truncate(query_D, width), rows)
-        order = np.argsort(-scores, kind="stable")[: min(k, view.count)]
-        answers.append((rows[order], scores[order]))
+    for start in range(0, len(queries_Qd), at_a_time):
+        some = queries_Qd[start : start + at_a_time]
+        for query_d, costs in zip(some, _costs(view, some), strict=True):
+            rows = best(costs, k, SLACK)
+            # Scored once more, every row the same way: equal prefixes tie exactly.
+            scores = view.rescore(stage, query_d, rows)
+            order = np.argsort(-scores, kind="stable")[:k]
+            answers.append((rows[order], scores[order]))
     if reports is not None:
         each = [len(rows) for rows, _ in answers]
         taken = 1000 * (time.perf_counter() - started)
