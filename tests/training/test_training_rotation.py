@@ -179,3 +179,9 @@ def test_no_epoch_only_turns_the_base(config, trained, texts):
     np.testing.assert_allclose(cosines(after, 32), cosines(before, 32), atol=1e-5)
     assert lack(after, np.eye(32), [4]) < lack(before, np.eye(32), [4])
     assert model.card.training["steps"] == 0
+
+
+def test_learning_needs_widths(trained):
+    model = mt.load(trained).encoder.model
+    with pytest.raises(InputError, match="axes are learned for widths"):
+        add_rotation(model, [["a text", "another"]], "learned")

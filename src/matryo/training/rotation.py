@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor, nn
 
+from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 
 SAMPLE = {"pca": 8192, "learned": 65536}
@@ -51,21 +52,24 @@ def add_rotation(
         columns: what it will be trained on, columns of texts whose rows belong together; an even sample of the rows is
             encoded. Empty leaves the axes as they are, for weights that are about to be loaded.
         how: "pca", or "learned" for `nesting`.
-        nesting: widths and weights that axes are learned for.
+        nesting: widths and weights that axes are learned for; needed for "learned".
         seed: of the batches that axes are learned from.
         bfloat16: whether the sample is encoded in mixed precision.
+
+    Raises:
+        InputError: axes are to be learned for no widths.
     """
     width = int(model.get_embedding_dimension() or 0)
     axes = torch.eye(width)
     if columns:
         every = -(-len(columns[0]) * len(columns) // SAMPLE[how])
         vectors = [_encoded(model, column[::every], bfloat16) for column in columns]
-        found = (
-            learned_axes(vectors, nesting, seed=seed)
-            if how == "learned" and nesting
-            else principal_axes(np.concatenate(vectors))
-        )
-        axes = torch.from_numpy(found)
+        if how == "pca":
+            axes = torch.from_numpy(principal_axes(np.concatenate(vectors)))
+        elif nesting is None:
+            raise InputError("axes are learned for widths; give a nesting, or take principal axes (pca)")
+        else:
+            axes = torch.from_numpy(learned_axes(vectors, nesting, seed=seed))
     embedding = getattr(model[0], "embedding", None)
     if len(model) == 1 and embedding is not None:
         with torch.no_grad():
