@@ -21,6 +21,19 @@ def rows(n: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32) * scale * 3
 
 
+class Stored:
+    """Rows as a column or a scanner reads them."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def take(self, wanted):
+        return self.base[wanted]
+
+    def chunk(self, start, stop):
+        return self.base[start:stop]
+
+
 def rows_of(scanned):
     """The rows of each query's answer, without the scores."""
     return [found for _, found in scanned]

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from index_contract import names, rows, rows_of, unit
+from index_contract import Stored, names, rows, rows_of, unit
 
 from matryo.core.errors import DamagedError
 from matryo.core.plan import Plan
@@ -16,17 +16,6 @@ from matryo.index.scans.scanner import Scanner
 
 N = 600
 GRAPH, CELLS = "32:int8 hnsw(M=8,ef=40)", "32:int8 ivf(cells=6,probe=6)"
-
-
-class Stored:
-    def __init__(self, base: np.ndarray) -> None:
-        self.base = unit(base).astype(np.float32)
-
-    def take(self, wanted):
-        return self.base[wanted]
-
-    def chunk(self, start, stop):
-        return self.base[start:stop]
 
 
 @pytest.fixture
@@ -49,7 +38,7 @@ def gate(monkeypatch):
 
 @pytest.mark.parametrize("text", [GRAPH, CELLS])
 def test_searches_are_exact_while_it_is_built_and_go_on_through_it(gate, text):
-    stored, queries = Stored(rows(N)), unit(rows(5, seed=5)).astype(np.float32)
+    stored, queries = Stored(unit(rows(N)).astype(np.float32)), unit(rows(5, seed=5)).astype(np.float32)
     stage = Plan.parse(text).stages[0]
     scan = Scanner(stage)
     early = rows_of(scan.scan(stage, queries, 10, stored, 400, None))
@@ -77,7 +66,7 @@ def test_one_build_at_a_time_and_none_again_after_it_failed(monkeypatch):
 
     monkeypatch.setattr(module, "AT_ONCE", 100)
     monkeypatch.setattr(module, "build", broken)
-    stored, queries = Stored(rows(N)), unit(rows(5, seed=5)).astype(np.float32)
+    stored, queries = Stored(unit(rows(N)).astype(np.float32)), unit(rows(5, seed=5)).astype(np.float32)
     stage = Plan.parse(GRAPH).stages[0]
     scan = Scanner(stage)
     for _ in range(3):
@@ -90,7 +79,7 @@ def test_one_build_at_a_time_and_none_again_after_it_failed(monkeypatch):
 
 
 def test_prepare_waits_for_it(gate):
-    stored, stage = Stored(rows(N)), Plan.parse(GRAPH).stages[0]
+    stored, stage = Stored(unit(rows(N)).astype(np.float32)), Plan.parse(GRAPH).stages[0]
     scan = Scanner(stage)
     threading.Timer(0.05, gate.set).start()
     scan.prepare(stored, N)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_contract import rows, unit
+from index_contract import Stored, rows, unit
 
 from matryo.core.codecs import Float16
 from matryo.core.errors import InputError
@@ -108,16 +108,8 @@ def test_halves_are_the_cast_of_every_finite_float16():
 def test_hamming_in_pieces_is_hamming(width):
     base, queries = rows(50, width=width), rows(3, seed=1, width=width)
     column = Column("binary", width)
-
-    class Stored:
-        def take(self, wanted):
-            return base[wanted]
-
-        def chunk(self, start, stop):
-            return base[start:stop]
-
-    column.extend(Stored(), 30)
-    column.extend(Stored(), 50)
+    column.extend(Stored(base), 30)
+    column.extend(Stored(base), 50)
     slow = ((queries[:, None] > 0) != (base[None] > 0)).sum(-1)
     np.testing.assert_array_equal(column.costs(queries, 50), slow)
     np.testing.assert_array_equal(column.costs(queries, 20), slow[:, :20])
@@ -129,15 +121,7 @@ def test_hamming_in_pieces_is_hamming(width):
 def test_costs_are_minus_the_scores_of_decoded_codes(name):
     base, queries = unit(rows(300)).astype(np.float32), unit(rows(2, seed=1)).astype(np.float32)
     column = Column(name, 48)
-
-    class Stored:
-        def take(self, wanted):
-            return base[wanted]
-
-        def chunk(self, start, stop):
-            return base[start:stop]
-
-    column.extend(Stored(), 300)
+    column.extend(Stored(base), 300)
     for q in range(2):
         scores = column.scores(queries[q], np.arange(300))
         np.testing.assert_allclose(-column.costs(queries, 300)[q], scores, atol=1e-5)

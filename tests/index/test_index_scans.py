@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_contract import names, rows, rows_of, unit
+from index_contract import Stored, names, rows, rows_of, unit
 
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
@@ -136,17 +136,6 @@ def test_settled_breaks_ties_as_a_stable_sort(scores, n, seed):
     np.testing.assert_array_equal(kept, values[found])
 
 
-class Stored:
-    def __init__(self, base: np.ndarray) -> None:
-        self.base = unit(base).astype(np.float32)
-
-    def take(self, wanted):
-        return self.base[wanted]
-
-    def chunk(self, start, stop):
-        return self.base[start:stop]
-
-
 def parsed(text: str) -> Stage:
     return Plan.parse(text).stages[0]
 
@@ -156,7 +145,7 @@ def parsed(text: str) -> Stage:
 )
 def test_a_long_tail_is_merged_aside_and_nothing_changes_but_speed(text, monkeypatch):
     monkeypatch.setattr(module, "TAIL_LEAST", 50)
-    stored, queries = Stored(rows(700)), unit(rows(3, seed=5)).astype(np.float32)
+    stored, queries = Stored(unit(rows(700)).astype(np.float32)), unit(rows(3, seed=5)).astype(np.float32)
     scan = Scanner(parsed(text))
     assert len(rows_of(scan.scan(parsed(text), queries, 20, stored, 400, None))[0]) == 20
     assert (scan.rows, scan.end) == (400, 400)
@@ -180,7 +169,7 @@ def test_a_long_tail_is_merged_aside_and_nothing_changes_but_speed(text, monkeyp
 
 
 def test_fewer_rows_than_cells_are_all_tail():
-    stored, queries = Stored(rows(30)), unit(rows(2, seed=5)).astype(np.float32)
+    stored, queries = Stored(unit(rows(30)).astype(np.float32)), unit(rows(2, seed=5)).astype(np.float32)
     stage = parsed("32:int8 ivf(cells=20,probe=2)")
     scan = Scanner(stage)
     early = rows_of(scan.scan(stage, queries, 5, stored, 19, None))
@@ -192,7 +181,7 @@ def test_fewer_rows_than_cells_are_all_tail():
 
 
 def test_probes_grow_until_enough_rows_are_found():
-    stored, query = Stored(rows(200)), unit(rows(1, seed=5)).astype(np.float32)[0]
+    stored, query = Stored(unit(rows(200)).astype(np.float32)), unit(rows(1, seed=5)).astype(np.float32)[0]
     cells = Cells.build(parsed("32:int8 ivf(cells=50,probe=1)"), stored, 200)
     scores, found = cells.search(query[None], 60, None, {"probe": 1})[0]
     assert len(found) == 60
@@ -202,7 +191,7 @@ def test_probes_grow_until_enough_rows_are_found():
 
 
 def test_a_selective_filter_leaves_the_graph_aside():
-    stored, query = Stored(rows(600)), unit(rows(1, seed=5)).astype(np.float32)[0]
+    stored, query = Stored(unit(rows(600)).astype(np.float32)), unit(rows(1, seed=5)).astype(np.float32)[0]
     graph = Graph.build(parsed("32:float32 hnsw(M=4)"), stored, 600)
     mask = np.arange(600) % 30 == 7
     scores, found = graph.search(query[None], 5, Allowed(mask), {"ef": 5})[0]
@@ -299,7 +288,7 @@ def test_a_prefix_of_zeros_scans_as_ties(tmp_path):
     seed=st.integers(0, 50),
 )
 def test_a_flat_scan_never_hands_on_fewer_than_it_may_nor_what_it_must_not(n, barred, keep, code, seed):
-    stored, queries = Stored(rows(n, seed)), unit(rows(2, seed + 1)).astype(np.float32)
+    stored, queries = Stored(unit(rows(n, seed)).astype(np.float32)), unit(rows(2, seed + 1)).astype(np.float32)
     mask = np.ones(n, bool)
     mask[np.random.default_rng(seed).permutation(n)[:barred]] = False
     stage = parsed(f"32:{code}")

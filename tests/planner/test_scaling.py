@@ -53,6 +53,15 @@ def test_graphs_grow_with_a_small_power():
     assert predict(sizes, 1 << 20, graph=False).ms > 20
 
 
+@given(st.floats(0.01, 10), st.floats(0, 0.4))
+def test_a_graph_s_power_is_found_again(a, power):
+    def grown(n):
+        return Measured(n, 50, 50, a * n**power + 0.3, 1, 1, a * n**power, 0.1, 200 * n, 4 * n, 1)
+
+    said = predict([grown(n) for n in (1000, 2000, 4000)], 100_000, graph=True)
+    assert said.ms == pytest.approx(grown(100_000).ms, rel=1e-6)
+
+
 def test_one_size_alone_is_taken_to_grow_in_proportion_and_has_no_error():
     said = predict([at(1000)], 10_000, graph=False)
     assert said.keep == pytest.approx(10 * at(1000).keep, abs=1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_contract import Stored
 
 from matryo.core.errors import InputError
 from matryo.core.prefix import truncate
@@ -19,17 +20,6 @@ def unit_rows(n: int, seed: int, width: int, decay: float) -> np.ndarray:
     centres = rng.standard_normal((12, width), dtype=np.float32)
     rows = (centres[rng.integers(0, 12, n)] + rng.standard_normal((n, width), dtype=np.float32)) * fall
     return truncate(rows, width)
-
-
-class Stored:
-    def __init__(self, base: np.ndarray) -> None:
-        self.base = base
-
-    def take(self, wanted):
-        return self.base[wanted]
-
-    def chunk(self, start, stop):
-        return self.base[start:stop]
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,22 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_contract import Stored
 
 from matryo.index import funnel
 from matryo.index.column import Column
 from matryo.index.scans import flat as module
 from matryo.index.scans.common import Allowed
-
-
-class Stored:
-    def __init__(self, base: np.ndarray) -> None:
-        self.base = base
-
-    def take(self, wanted):
-        return self.base[wanted]
-
-    def chunk(self, start, stop):
-        return self.base[start:stop]
 
 
 @settings(max_examples=60)
