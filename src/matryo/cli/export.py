@@ -30,23 +30,23 @@ def export(
     Example: matryo export runs/minilm --onnx runs/minilm-onnx
     Example: matryo export runs/first --width 64 --code int8 --out runs/first-small
     """
-    if (onnx is None) == (out is None):
-        raise InputError("say what to write: --onnx FOLDER for a server, or --out FOLDER for a small device")
     if texts is not None and not texts.is_file():
         raise InputError(f"{texts}: no such file")
     judges = [line for line in texts.read_text().splitlines() if line.strip()] if texts else []
-    if out is not None:
+    if out is not None and onnx is None:
         if int8 or width is None:
             raise InputError("--out needs --width, and says its code by --code int8")
-        found = _small(model, out, width=width, code=code, texts=judges, floor=floor)
-    else:
+        found, lines = _small(model, out, width=width, code=code, texts=judges, floor=floor)
+    elif onnx is not None and out is None:
         if width is not None:
             raise InputError("--width goes with --out; a server cuts to any width by itself")
-        found = _server(model, Path(str(onnx)), int8=int8, texts=judges, floor=floor)
+        found, lines = _server(model, onnx, int8=int8, texts=judges, floor=floor)
+    else:
+        raise InputError("say what to write: --onnx FOLDER for a server, or --out FOLDER for a small device")
     if as_json:
-        say_json(found[0])
+        say_json(found)
         return
-    for line in found[1]:
+    for line in lines:
         say(line)
 
 

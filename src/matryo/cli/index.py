@@ -62,7 +62,7 @@ def build(
     if not there:
         refuse_taken(out)
     _check(given)
-    width = loaded.width if loaded else given.vectors.width  # type: ignore[union-attr]
+    width = given.width
     made_by = identity(loaded) if loaded else None
     if not there:
         opened = Index.create(out, width=width, plan=plan, model=made_by, store=store)
@@ -180,8 +180,8 @@ def search(
         say(f"{query}")
         for key, score, text in zip(hits.ids[n], hits.scores[n], hits.documents[n], strict=True):
             say(f"  {score:.4f}  {key}  {' '.join((text or '').split())[:100]}")
-    for line in _explained(hits) or ():
-        note(str(line))
+    for stage in hits.explanation or ():
+        note(f"{stage.stage}: {stage.considered} considered, {stage.kept} kept, {stage.milliseconds:.2f} ms")
     if hits.promise:
         note(hits.promise)
     note(f"{took:.1f} ms for {len(queries)} queries, encoding aside")

@@ -53,7 +53,10 @@ def export_onnx(
     _refuse(out, int8, texts)
     model = load(name)
     if not isinstance(model.encoder, SentenceTransformerEncoder):
-        raise InputError(f"{name} runs without torch as it is; only transformers are exported")
+        raise InputError(
+            f"{name} runs without torch as it is; only transformers are exported for a server. For a small "
+            "device, cut it to one width: --out FOLDER --width N"
+        )
     inner = model.encoder.model
     if not getattr(inner.tokenizer, "is_fast", False):
         raise InputError(f"{name} has no fast tokeniser, which an export needs")

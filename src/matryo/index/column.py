@@ -4,7 +4,8 @@ Its codec was fitted on the prefixes of the stored vectors; when the rows have d
 scale is fitted again.
 """
 
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,13 @@ class Column:
             prefixes = truncate(vectors.chunk(start, stop)[:, : self.width], self.width)
             self._put(start - self.first, end - self.first, self._split(self.codec.encode(prefixes)))
         self.rows = end - self.first
+
+    def repeated(self, count: int) -> Self:
+        """A column of `count` rows, these again and again: what a scan of so many would cost can be timed on it."""
+        larger = copy(self)
+        larger.parts = [np.resize(part[: self.rows], (count, *part.shape[1:])) for part in self.parts]
+        larger.rows, larger.view = count, None
+        return larger
 
     def _split(self, codes: Part) -> list[Part]:
         if codes.dtype == np.int8:

@@ -24,8 +24,6 @@ SCANS = {"flat": CODES, "hnsw": ("float32", "float16", "bfloat16", "int8", "int4
 
 ROUNDING = 1e-6
 """Below the difference of any two Hamming distances as cosines, above what float32 makes of equal ones."""
-
-
 LEADING = 1 << 14
 """Costs, at least, that give a first limit."""
 

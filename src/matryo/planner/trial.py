@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,7 @@ class Sample:
         count = min(items, most)
         if count <= column.rows:
             return None
-        larger = copy(column)
-        larger.parts = [np.resize(part[: column.rows], (count, *part.shape[1:])) for part in column.parts]
-        larger.rows, larger.view = count, None
+        larger = column.repeated(count)
         keep = first.keep or 4 * self.target.k + 64
         times: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(turns):

@@ -119,7 +119,7 @@ class Service:
         try:
             self.batcher.refuse_overload(1)
         except OverloadedError as error:
-            raise _overloaded(error) from error
+            raise _overloaded(error.retry_after) from error
         size = sum(map(len, whole))
         ids = self.engine.tokens(whole) if size <= INLINE_CHARACTERS else await self._tokens_aside(whole, size)
         return [Tokens(found, text) for found, text in zip(ids, whole, strict=True)]
@@ -128,7 +128,7 @@ class Service:
         """In the tokeniser's thread, whose queue is bounded in time as the model's is."""
         wait = self._characters / self._pace if self._pace else 0.0
         if wait > self.settings.timeout / 2:
-            raise _overloaded(OverloadedError(min(LONGEST_RETRY, max(1, round(wait / 2)))))
+            raise _overloaded(min(LONGEST_RETRY, max(1, round(wait / 2))))
 
         def run() -> list[list[int]]:
             began = time.monotonic()
@@ -175,7 +175,7 @@ class Service:
         try:
             job = self.batcher.submit(inputs)
         except OverloadedError as error:
-            raise _overloaded(error) from error
+            raise _overloaded(error.retry_after) from error
         try:
             await self._finished(call, job)
         except EncodingError as error:
@@ -227,9 +227,9 @@ class Service:
             await job.done
 
 
-def _overloaded(error: OverloadedError) -> ApiError:
+def _overloaded(seconds: int) -> ApiError:
     message = "The server has more work than it can do in time."
-    return ApiError(429, message, code="overloaded", retry_after=error.retry_after)
+    return ApiError(429, message, code="overloaded", retry_after=seconds)
 
 
 def _prefixes(vectors_ND: Float32s, width: int, param: str) -> Float32s:

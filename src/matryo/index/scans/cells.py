@@ -209,5 +209,6 @@ def _centroids(code: str, prefixes: Float32s) -> Float32s:
     fitted = index_codec(code, width).fit(prefixes)
     if isinstance(fitted, Int4):
         levels = np.arange(16, dtype=np.float32) - np.float32(7.5)
-        return fitted.state["step"][:, None, None] * levels[None, :, None]  # type: ignore[no-any-return]
+        steps: Float32s = fitted.state["step"][:, None, None] * levels[None, :, None]
+        return steps
     return fitted.state["centroids"]

@@ -23,9 +23,9 @@ from matryo.index.scans.graph import Graph
 
 TAIL_LEAST = 4096
 TAIL_SHARE = 8
+"""A tail of more than TAIL_LEAST rows and one TAIL_SHARE-th of what is built is merged into it."""
 AT_ONCE = 1 << 14
 """Up to so many rows a first graph is built while the caller waits: a second or two."""
-"""A tail of more than TAIL_LEAST rows and one TAIL_SHARE-th of what is built is merged into it."""
 QUERY_OPTIONS = ("ef", "probe")
 """What may differ between searches of one graph or one set of cells."""
 
