@@ -19,7 +19,7 @@ from matryo.core.records import check_vectors
 Float32s = NDArray[np.float32]
 
 
-class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Principal components in order of variance, unit rows out: (N, D) -> (N, width).
 
     Components are orthonormal and ordered, so the first d columns, renormalised, are the PCA projection to d. They are
@@ -57,7 +57,7 @@ class PCA(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return truncate(projected.astype(np.float32, copy=False), self.pca_.n_components_)
 
 
-class RandomProjection(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class RandomProjection(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A Gaussian random projection, unit rows out: (N, D) -> (N, width).
 
     One matrix of independent entries is drawn; its first d columns are a Gaussian projection to d of the same law as

@@ -60,6 +60,13 @@ class Documents:
         parts = [*(fingerprint(path) for path in paths), repr(self.metadata), repr(sorted((identity or {}).items()))]
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
+    @property
+    def width(self) -> int:
+        """Dimensions of the vectors, whichever of the two they come from."""
+        source = self.model or self.vectors
+        assert source is not None
+        return source.width
+
     def check(self, step: Callable[[int], None]) -> None:
         """Read everything once; an error names the first bad row. `step` hears of rows read."""
         keys, texts = array("q"), 0
@@ -97,7 +104,7 @@ class Documents:
             left = [key for key, text, _ in rows if not text and parts is None]
             kept = [row for row in rows if row[1] or parts is not None]
             keys, texts, fields = (list(column) for column in zip(*kept, strict=True)) if kept else ([], [], [])
-            made = next(parts) if parts is not None else self.model.encode(texts) if kept else np.empty((0, 0))  # type: ignore[union-attr]
+            made = self._encoded(texts) if parts is None else next(parts)
             said = None if self.table is None else texts
             self.left += left[: SHOWN - len(self.left)]
             self.left_out += len(left)
@@ -120,6 +127,11 @@ class Documents:
             bare = self.vectors is not None and column not in row and "title" not in row
             text = "" if bare else records.document_of(path, line, row, column)
             yield str(key), text, {name: row[name] for name in self.metadata}
+
+    def _encoded(self, texts: list[str]) -> Any:
+        """(N, D) vectors of a batch; the model does not hear of an empty one."""
+        assert self.model is not None
+        return self.model.encode(texts) if texts else np.empty((0, self.model.width), np.float32)
 
     def _refuse_repeats(self, hashes_N: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
         """Eight bytes a row tell which ids might be there twice; only those are compared."""

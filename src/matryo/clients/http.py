@@ -164,7 +164,8 @@ class Client(_Caller):
             try:
                 step = steps.send(reply)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                got: Got = end.value
+                return got
             reply = None
             if isinstance(step, Pause):
                 time.sleep(step.seconds)
@@ -239,7 +240,8 @@ class AsyncClient(_Caller):
             try:
                 step = steps.send(reply)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                got: Got = end.value
+                return got
             reply = None
             if isinstance(step, Pause):
                 await asyncio.sleep(step.seconds)

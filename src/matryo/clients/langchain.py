@@ -29,11 +29,13 @@ class MatryoEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """One vector a text."""
-        return self.source.embed(texts, self.width, input_type="document").tolist()  # type: ignore[no-any-return]
+        rows: list[list[float]] = self.source.embed(texts, self.width, input_type="document").tolist()
+        return rows
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a query."""
-        return self.source.embed([text], self.width, input_type="query")[0].tolist()  # type: ignore[no-any-return]
+        row: list[float] = self.source.embed([text], self.width, input_type="query")[0].tolist()
+        return row
 
 
 class MatryoRetriever(BaseRetriever):

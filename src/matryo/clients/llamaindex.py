@@ -36,7 +36,8 @@ class MatryoEmbedding(BaseEmbedding):
         return "MatryoEmbedding"
 
     def _embed(self, texts: list[str], kind: str) -> list[list[float]]:
-        return self._source.embed(texts, self.width, input_type=kind).tolist()  # type: ignore[no-any-return]
+        rows: list[list[float]] = self._source.embed(texts, self.width, input_type=kind).tolist()
+        return rows
 
     def _get_query_embedding(self, query: str) -> list[float]:
         return self._embed([query], "query")[0]

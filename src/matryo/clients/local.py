@@ -49,7 +49,8 @@ class Local:
         """(N, width) unit rows, as `Client.embed` gives them. Without prompts every input type is encoded alike."""
         if input_type not in (None, "query", "document"):
             raise InputError(f"input_type must be query or document, got {input_type!r}")
-        return self._model.encode(texts, width=width, depth=depth)  # type: ignore[no-any-return]
+        rows: NDArray[np.float32] = self._model.encode(texts, width=width, depth=depth)
+        return rows
 
     def search(
         self,

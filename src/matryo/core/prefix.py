@@ -48,12 +48,14 @@ def truncate(x: Array, width: int) -> Array:
         if prefix.dtype.kind != "f":
             raise InputError(f"vectors must be floating point, got {prefix.dtype}")
         kind = np.promote_types(prefix.dtype, np.float32)
-        unit: Any = prefix.astype(kind, copy=False) * inverse_norms(prefix)[..., None].astype(kind)
-        return unit.astype(prefix.dtype, copy=False)  # type: ignore[no-any-return]
+        whole: Any = prefix.astype(kind, copy=False) * inverse_norms(prefix)[..., None].astype(kind)
+        rows: Array = whole.astype(prefix.dtype, copy=False)
+        return rows
     wide = prefix.float() if prefix.element_size() < 4 else prefix
     squares = (wide * wide).sum(-1, keepdim=True)
     scale = (squares + (squares == 0)) ** -0.5 * (squares > 0)
-    return (wide * scale).to(prefix.dtype)  # type: ignore[no-any-return]
+    unit: Array = (wide * scale).to(prefix.dtype)
+    return unit
 
 
 def inverse_norms(x: Floats) -> Floats:

@@ -115,18 +115,21 @@ def needed(target: float, confidence: float) -> int:
 
 def check_target(target: object, confidence: object, queries: int) -> tuple[float, float]:
     """Target and confidence as floats, if so many queries can show them at all."""
-    for name, value in (("recall", target), ("confidence", confidence)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            advice = "; only an exact plan such as '768:float32' promises 1" if value == 1 and name == "recall" else ""
-            raise InputError(f"{name} must be a number between 0 and 1, got {value!r}{advice}")
-    target, confidence = float(target), float(confidence)  # type: ignore[arg-type]
-    least = needed(target, confidence)
+    recall, sure = _share("recall", target), _share("confidence", confidence)
+    least = needed(recall, sure)
     if queries < least:
         raise InputError(
-            f"{queries} queries cannot show recall >= {target:g} at confidence {confidence:g}: even if each of them "
+            f"{queries} queries cannot show recall >= {recall:g} at confidence {sure:g}: even if each of them "
             f"found everything it takes {least}; give at least {least}, better {4 * least}, or ask for less"
         )
-    return target, confidence
+    return recall, sure
+
+
+def _share(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        advice = "; only an exact plan such as '768:float32' promises 1" if value == 1 and name == "recall" else ""
+        raise InputError(f"{name} must be a number between 0 and 1, got {value!r}{advice}")
+    return float(value)
 
 
 def smallest(

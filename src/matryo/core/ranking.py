@@ -173,7 +173,7 @@ def _cores() -> int:
 def _one_blas_thread() -> Iterator[bool]:
     """Hold BLAS to one thread inside; yields False, changing nothing, where that cannot be done."""
     try:
-        from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+        from threadpoolctl import ThreadpoolController
     except ImportError:
         yield False
         return

@@ -405,6 +405,7 @@ def check_vectors(
 
 def check_texts(texts: Sequence[object], what: str = "texts", blank: bool = False) -> list[str]:
     """A list of texts, none blank unless that is allowed, or an InputError that names the first bad position."""
+    checked: list[str] = []
     for n, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"{what}[{n}] must be text, got {type(text).__name__}")
@@ -412,4 +413,5 @@ def check_texts(texts: Sequence[object], what: str = "texts", blank: bool = Fals
             raise InputError(f"{what}[{n}] is empty; there is nothing to encode")
         if not _is_unicode(text):
             raise InputError(f"{what}[{n}] holds a lone surrogate, which is not valid text; decode its bytes as UTF-8")
-    return list(texts)  # type: ignore[arg-type]
+        checked.append(text)
+    return checked

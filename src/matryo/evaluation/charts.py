@@ -1,5 +1,6 @@
 """The charts of a report."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +120,7 @@ def page_charts(report: "Report") -> dict[str, Chart]:
     if several:
         wanted["bytes"] = (bytes_figure, f"{how} against bytes per vector", "Quality against bytes per vector")
     wanted["share"] = (share_figure, f"Share of full quality kept by each width, {how}", "Share of full quality")
-    return {
-        key: drawn(lambda draw=draw: draw(report), key, title, caption)  # type: ignore[misc]
-        for key, (draw, caption, title) in wanted.items()
-    }
+    return {key: drawn(partial(draw, report), key, title, caption) for key, (draw, caption, title) in wanted.items()}
 
 
 def _line(axes: Axes, places: list[int], rows: list[Row], hue: str, strong: bool) -> None:

@@ -4,7 +4,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -192,18 +193,15 @@ def check_kind(path: Path) -> None:
         raise InputError(f"{path}: a report is saved as .html, .json or .txt")
 
 
-class _extra:  # noqa: N801 - reads as a keyword
+@contextmanager
+def _extra(package: str, what: str) -> Iterator[None]:
     """Turn a missing drawing package into the error that names the extra."""
-
-    def __init__(self, package: str, what: str) -> None:
-        self._package, self._what = package, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
-            raise MissingExtraError(self._package, "eval", self._what) from error
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(package, "eval", what) from error
 
 
 def _plain(value: Any) -> Any:

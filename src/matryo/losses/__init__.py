@@ -1,11 +1,11 @@
 """Nested losses: tensors in, scalar out. No loss here knows a model, so any trainer can use it."""
 
+from importlib.util import find_spec
+
 from matryo.core.errors import MissingExtraError
 
-try:
-    import torch as _torch  # noqa: F401
-except ImportError as error:
-    raise MissingExtraError("torch", "train", "matryo.losses") from error
+if find_spec("torch") is None:
+    raise MissingExtraError("torch", "train", "matryo.losses")
 
 from matryo.losses.classify import NestedHead, nested_cross_entropy
 from matryo.losses.distill import nested_distill, nested_kl, nested_margin_mse
