@@ -52,9 +52,10 @@ def plans(draw, full: int, keep_all: int | None = None):
     for n in range(count):
         width = draw(st.integers(width // 8, full // 8)) * 8
         keep = keep_all or draw(st.integers(1, keep))
-        kept = None if n == count - 1 and not keep_all else keep
-        within = None if n or kept is None or keep_all else draw(st.none() | st.sampled_from([1e-4, 0.05, 0.4, 2.0]))
-        stages.append(Stage(width, draw(st.sampled_from(NAMES)), keep=kept, within=within))
+        kept, code = None if n == count - 1 and not keep_all else keep, draw(st.sampled_from(NAMES))
+        takes = n == 0 and kept is not None and not keep_all and (width, code) != (full, "float32")
+        within = draw(st.none() | st.sampled_from([1e-4, 0.05, 0.4, 2.0])) if takes else None
+        stages.append(Stage(width, code, keep=kept, within=within))
     return Plan(tuple(stages))
 
 

@@ -182,6 +182,6 @@ def test_no_epoch_only_turns_the_base(config, trained, texts):
 
 
 def test_learning_needs_widths(trained):
-    model = mt.load(trained).encoder.model
+    model = SentenceTransformer(str(trained), device="cpu")
     with pytest.raises(InputError, match="axes are learned for widths"):
         add_rotation(model, [["a text", "another"]], "learned")
