@@ -20,6 +20,7 @@ from matryo.core.errors import (
     RemoteError,
     UnavailableError,
 )
+from matryo.encoders.folder import fingerprint
 
 TEXTS = ["a puzzle game for the terminal", "library for reading images", "a mail server"]
 KEY = "mt-secret-and-long"
@@ -295,3 +296,43 @@ def test_clients_need_httpx2_and_nothing_heavy(monkeypatch, python):
     monkeypatch.setitem(__import__("sys").modules, "httpx2", None)
     with pytest.raises(MissingExtraError, match=r"matryo.Client needs httpx2.*pip install 'matryo\[client\]'"):
         mt.Client()
+
+
+@pytest.fixture
+def writable(serve, static_model, tmp_path):
+    folder = tmp_path / "docs.matryo"
+    made_by = {"name": str(static_model)} | fingerprint(str(static_model))
+    mt.Index.create(folder, width=48, plan="48:float32", model=made_by).close()
+    return serve(static_model, "--index", folder, "--writable")
+
+
+def test_items_are_written_in_batches_and_deleted(call, writable, monkeypatch):
+    monkeypatch.setattr(wire, "MOST_TEXTS", 2)
+    options, ids = {"url": writable.url}, ["a", "b", "c", "d", "e"]
+    texts = ["a mail server", "mail for images", "puzzle game", "library", "terminal"]
+    assert call(options, "upsert", ids, texts, [{"n": n} for n in range(5)]) == 5
+    assert call(options, "upsert", ["e"], ["terminal"]) == 1
+    found = call(options, "search", "puzzle game", 1)
+    assert (found.ids, found.documents, found.metadata) == ([["c"]], [["puzzle game"]], [[{"n": 2}]])
+    assert call(options, "search", "terminal", 1).metadata == [[None]]
+    assert call(options, "delete", ["c", "nobody", "a"]) == 2
+    assert set(call(options, "search", "puzzle game", 9).ids[0]) == {"b", "d", "e"}
+    assert call(options, "upsert", [], []) == call(options, "delete", []) == 0
+
+
+def test_items_that_do_not_fit_together_are_not_sent(call, guarded):
+    server, key = guarded
+    options = {"url": server.url, "key": key}
+    with pytest.raises(InputError, match="got 2 ids, 1 texts and 2 metadata; give one of each"):
+        call(options, "upsert", ["a", "b"], ["one"])
+    with pytest.raises(InputError, match="ids must be a list of texts, got one text"):
+        call(options, "delete", "abc")
+    # A server that was not started for it has no such path.
+    with pytest.raises(RefusedError, match="404"):
+        call(options, "upsert", ["a"], ["one"])
+
+
+def test_an_answer_that_counts_nothing_is_told(call):
+    transport = Scripted(httpx2.Response(200, json={"object": "items"}))
+    with pytest.raises(RemoteError, match="it does not say how many items were written"):
+        call({"transport": transport}, "upsert", ["a"], ["one"])

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from matryo.clients.wire import Ask, Found, Pause, Reply, Steps, Talk, embed_fields, texts_of
+from matryo.clients.wire import Ask, Found, Pause, Reply, Steps, Talk, embed_fields, items_of, texts_of
 from matryo.core.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -137,6 +137,28 @@ class Client(_Caller):
         queries, asked = texts_of(query, "query"), _search_fields(k, plan, where, explain)
         return self._run(self._talk.search(queries, asked)) if queries else Found([], [], [], [], plan or "")
 
+    def upsert(
+        self, ids: Sequence[str], texts: Sequence[str], metadata: Sequence[dict[str, Any] | None] | None = None
+    ) -> int:
+        """Write items into the index of a server that is `--writable`; those of the same ids are replaced.
+
+        Each request is one commit of up to 512 items, so after an error the first ones may be there; doing it again
+        does no harm.
+
+        Returns:
+            How many items were written.
+
+        Raises:
+            As `embed`.
+        """
+        items = items_of(ids, texts, metadata)
+        return self._run(self._talk.upsert(items)) if items else 0
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete items by id; how many were there."""
+        some = texts_of(ids, "ids")
+        return self._run(self._talk.delete(some)) if some else 0
+
     def models(self) -> list[dict[str, Any]]:
         """What the server serves: names, widths, depths, limits, and what each width was measured to keep."""
         return self._run(self._talk.models())
@@ -212,6 +234,18 @@ class AsyncClient(_Caller):
         """As `Client.search`."""
         queries, asked = texts_of(query, "query"), _search_fields(k, plan, where, explain)
         return await self._run(self._talk.search(queries, asked)) if queries else Found([], [], [], [], plan or "")
+
+    async def upsert(
+        self, ids: Sequence[str], texts: Sequence[str], metadata: Sequence[dict[str, Any] | None] | None = None
+    ) -> int:
+        """As `Client.upsert`."""
+        items = items_of(ids, texts, metadata)
+        return await self._run(self._talk.upsert(items)) if items else 0
+
+    async def delete(self, ids: Sequence[str]) -> int:
+        """As `Client.delete`."""
+        some = texts_of(ids, "ids")
+        return await self._run(self._talk.delete(some)) if some else 0
 
     async def models(self) -> list[dict[str, Any]]:
         """As `Client.models`."""

@@ -220,6 +220,23 @@ class Talk:
                 getattr(whole, name).extend(getattr(part, name))
         return whole
 
+    def upsert(self, items: list[dict[str, Any]]) -> Steps[int]:
+        """Items written, in as many requests as they need."""
+        written = start = 0
+        for some in batches([item["text"] for item in items]):
+            content = {"items": items[start : start + len(some)]}
+            found = yield from ask("/v1/items", content, self.retries, self.where)
+            written, start = written + _counted(found, "written", self.where), start + len(some)
+        return written
+
+    def delete(self, ids: list[str]) -> Steps[int]:
+        """Items deleted, in as many requests as they need."""
+        deleted = 0
+        for some in batches(ids):
+            found = yield from ask("/v1/items/delete", {"ids": some}, self.retries, self.where)
+            deleted += _counted(found, "deleted", self.where)
+        return deleted
+
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
     """Texts in order, at most `MOST_TEXTS` and `MOST_BYTES` of them together, a longer one alone."""
@@ -257,6 +274,13 @@ def _numbers(value: Any, kind: str) -> NDArray[Any]:
     return np.array(value, native)
 
 
+def _counted(found: dict[str, Any], name: str, where: str) -> int:
+    count = found.get(name)
+    if type(count) is not int:
+        raise strange(where, f"it does not say how many items were {name}")
+    return count
+
+
 def _found(found: dict[str, Any], count: int, where: str) -> Found:
     try:
         lists = [row["hits"] for row in sorted(found["data"], key=lambda row: row["index"])]
@@ -287,10 +311,19 @@ def embed_fields(
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def items_of(ids: Sequence[str], texts: Sequence[str], metadata: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """What /v1/items takes, one object an item; the server checks the rest."""
+    keys, words = texts_of(ids, "ids"), texts_of(texts, "texts")
+    more = [None] * len(keys) if metadata is None else list(metadata)
+    if not len(keys) == len(words) == len(more):
+        raise InputError(f"got {len(keys)} ids, {len(words)} texts and {len(more)} metadata; give one of each an item")
+    return [{"id": key, "text": text, "metadata": said} for key, text, said in zip(keys, words, more, strict=True)]
+
+
 def texts_of(texts: Sequence[str] | str, what: str) -> list[str]:
     """A list of texts; for search one text is a list of one."""
     if isinstance(texts, str):
-        if what == "texts":
-            raise InputError("texts must be a list of texts, got one text; put it in a list")
+        if what != "query":
+            raise InputError(f"{what} must be a list of texts, got one text; put it in a list")
         texts = [texts]
     return check_texts(texts, what)
