@@ -142,7 +142,7 @@ def test_check_finds_every_flipped_bit_that_matters(made, tmp_path):
 
 
 def test_a_large_file_is_verified_block_by_block_before_use(tmp_path, monkeypatch):
-    from matryo.index import index as module
+    from matryo.index import folder as module
 
     monkeypatch.setattr(module, "VERIFY_AT_OPEN", 0)
     with Index.create(tmp_path / "i", width=1024) as index:
@@ -161,7 +161,7 @@ def test_a_large_file_is_verified_block_by_block_before_use(tmp_path, monkeypatc
 
 
 def test_damaged_metadata_of_a_large_catalogue_is_found_before_it_is_filtered(tmp_path, monkeypatch):
-    from matryo.index import index as module
+    from matryo.index import folder as module
 
     monkeypatch.setattr(module, "VERIFY_AT_OPEN", 0)
     make(tmp_path / "i")

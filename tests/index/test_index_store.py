@@ -132,7 +132,7 @@ def test_opening_nothing(tmp_path):
     with pytest.raises(InputError, match="holds no index"):
         Index.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not an engine of this release"):
-        Index.open("postgresql://localhost/x")
+        Index.open("nosuch://localhost/x")
 
 
 def test_another_model_is_refused(tmp_path):

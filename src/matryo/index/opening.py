@@ -92,7 +92,7 @@ def check_model(model: object) -> dict[str, Any] | None:
     return plain
 
 
-def insist_on_model(stored: dict[str, Any] | None, wanted: object, folder: Path) -> None:
+def insist_on_model(stored: dict[str, Any] | None, wanted: object, folder: object) -> None:
     """Raise unless every entry of `wanted` was noted when the index was made."""
     expected = check_model(wanted)
     for name, value in (expected or {}).items():

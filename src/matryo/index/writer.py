@@ -9,7 +9,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,9 @@ from matryo.index import catalogue as cat
 from matryo.index.codes import CodeStore
 from matryo.index.items import item_digest
 from matryo.index.opening import whole_reading
+from matryo.index.report import CheckReport
 from matryo.index.snapshot import Snapshot, derived, load_snapshot, vectors_path
 from matryo.index.vectors import CHUNK_ROWS, Appender, Block, Float32s, Vectors
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What `Index.check` found. `problems` are damage; `notes` are derived files that will be made again."""
-
-    files: tuple[str, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.problems
 
 
 class Writer:

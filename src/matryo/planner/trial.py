@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from matryo.core.errors import InputError
 from matryo.core.plan import Plan, Stage
 from matryo.core.promise import Floats, smallest
-from matryo.index import Index
+from matryo.index import FolderIndex
 from matryo.index.calibration import ladder_of
 from matryo.index.codes import held_as
 from matryo.index.column import Column
@@ -45,7 +45,7 @@ class Trial:
     """A plan opened on a sample, ready to be timed."""
 
     plan: Plan
-    index: Index
+    index: FolderIndex
     least: int
     """Shortest first shortlist whose mean recall over a few queries will do."""
     build_s: float
@@ -61,14 +61,14 @@ class Sample:
     def __init__(self, folder: Path, rows_ND: Float32s, queries_QD: Float32s, target: Target) -> None:
         self.folder, self.queries, self.target, self.count = folder, queries_QD, target, len(rows_ND)
         self.full = rows_ND.shape[1]
-        with Index.create(folder, width=self.full, plan=f"{self.full}:float32") as index:
+        with FolderIndex.create(folder, width=self.full, plan=f"{self.full}:float32") as index:
             for start in range(0, self.count, 50_000):
                 part = rows_ND[start : start + 50_000]
                 index.upsert([str(n) for n in range(start, start + len(part))], part)
             exact = index.search(queries_QD, target.k, plan=Plan((Stage(self.full, "float32"),)))
         self.edges = np.array([scores[-1] for scores in exact.scores])
 
-    def recalls(self, index: Index, plan: Plan, few: int | None = None) -> Floats:
+    def recalls(self, index: FolderIndex, plan: Plan, few: int | None = None) -> Floats:
         """(Q,) share of the exact k best, of the first few queries or all; equal scores stand for one another."""
         hits = index.search(self.queries[:few], self.target.k, plan=plan)
         found = [np.count_nonzero(np.array(s) >= edge) for s, edge in zip(hits.scores, self.edges[:few], strict=True)]
@@ -79,7 +79,7 @@ class Sample:
 
         `guess` is a first shortlist to begin the search at; a good one saves more than half of it.
         """
-        index = Index.open(self.folder, read_only=True)
+        index = FolderIndex.open(self.folder, read_only=True)
         try:
             started = time.perf_counter()
             index.prepare(plan)
@@ -190,7 +190,7 @@ class Sample:
                 return Plan((Stage(self.full, "float32"),))
             return Plan((Stage(width, "float32", keep=rerank), *([Stage(self.full, "float32")] if rerank else [])))
 
-        with Index.open(self.folder, read_only=True) as index:
+        with FolderIndex.open(self.folder, read_only=True) as index:
             try:
                 width, _ = smallest(
                     sorted(widths),
