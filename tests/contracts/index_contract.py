@@ -50,6 +50,14 @@ def names(n: int) -> list[str]:
 class IndexContract(ABC):
     codes: tuple[str, ...] = ()
     """Codes the engine can scan and rescore."""
+    coarse = "int8"
+    """A code to put between bits and full vectors."""
+    refused: tuple[tuple[str, str], ...] = (
+        ("32:binary hnsw(M=8,ef=9) keep 9 > 64:float32", "hnsw runs over"),
+        ("32:pq7 keep 9 > 64:float32", "pq7 cuts"),
+        ("32:float32 keep 9 > 64:pq5", "pq5 cuts"),
+    )
+    """Plans beyond the engine, and what is said of them."""
     kept = np.float32
     """What it keeps full vectors as, and therefore scores."""
 
@@ -148,7 +156,11 @@ class IndexContract(ABC):
         same = np.repeat(rows(1), 40, axis=0)
         index.upsert(names(40), same)
         index.upsert(["d0"], same[:1])  # now the youngest
-        for plan in (f"{WIDTH}:float32", f"{WIDTH}:binary keep 40 > {WIDTH}:float32", "32:int8 keep 10 > 64:float32"):
+        for plan in (
+            f"{WIDTH}:float32",
+            f"{WIDTH}:binary keep 40 > {WIDTH}:float32",
+            f"32:{self.coarse} keep 10 > 64:float32",
+        ):
             assert index.search(rows(1, seed=4), k=6, plan=plan).ids == [[f"d{i}" for i in range(1, 7)]]
 
     @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ class IndexContract(ABC):
         truth = (unit(query) @ unit(base).T)[0]
         for part in (0, 1):
             mine = [i for i in np.argsort(-truth, kind="stable") if (i % 3 == 0) == part]
-            for plan in (f"{WIDTH}:float32", f"{WIDTH}:int8 keep 200 > {WIDTH}:float32"):
+            for plan in (f"{WIDTH}:float32", f"{WIDTH}:{self.coarse} keep 200 > {WIDTH}:float32"):
                 got = index.search(query, k=10, plan=plan, where={"part": part}).ids[0]
                 assert got == [f"d{i}" for i in mine[:10]]
 
@@ -262,9 +274,7 @@ class IndexContract(ABC):
             (lambda: filled.search(rows(1), k=True), "k must be"),
             (lambda: filled.search(rows(1), plan="65:float32"), "65"),
             (lambda: filled.search(rows(1), plan="nonsense"), "stage 1"),
-            (lambda: filled.search(rows(1), plan="32:binary hnsw(M=8,ef=9) keep 9 > 64:float32"), "hnsw runs over"),
-            (lambda: filled.search(rows(1), plan="32:pq7 keep 9 > 64:float32"), "pq7 cuts"),
-            (lambda: filled.search(rows(1), plan="32:float32 keep 9 > 64:pq5"), "pq5 cuts"),
+            *((lambda plan=plan: filled.search(rows(1), plan=plan), says) for plan, says in self.refused),
         ]
         for call, says in calls:
             with pytest.raises(InputError, match=says):
@@ -291,7 +301,9 @@ class IndexContract(ABC):
             assert index.search(rows(5, seed=2), k=20) == before
 
     def test_explain_says_what_each_stage_did(self, filled):
-        hits = filled.search(rows(2), k=3, plan="32:binary keep 40 > 64:int8 keep 9 > 64:float32", explain=True)
+        hits = filled.search(
+            rows(2), k=3, plan=f"32:binary keep 40 > 64:{self.coarse} keep 9 > 64:float32", explain=True
+        )
         told = [(s.stage, s.considered, s.kept) for s in hits.explanation]
-        assert told == [("32:binary keep 40", 1000, 80), ("64:int8 keep 9", 80, 18), ("64:float32", 18, 6)]
+        assert told == [("32:binary keep 40", 1000, 80), (f"64:{self.coarse} keep 9", 80, 18), ("64:float32", 18, 6)]
         assert filled.search(rows(2)).explanation is None

@@ -1,0 +1,178 @@
+"""A plan, a filter and a batch in PostgreSQL's words. Values are bound; names are checked before they get here.
+
+The funnel is one statement: a materialised common table expression per stage, ordered by the distance of the stage's
+prefix, and the exact full-width order at the end (pgvector's `subvector`, `halfvec`, `binary_quantize`).
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from matryo.core.plan import Plan, Stage
+from matryo.core.prefix import truncate
+from matryo.index.funnel import Float32s
+from matryo.index.where import Compare, Condition, Either, Every, Unless
+
+TYPES = {"float16": "halfvec", "float32": "vector"}
+OPERATORS = {"float32": "vector_cosine_ops", "float16": "halfvec_cosine_ops", "binary": "bit_hamming_ops"}
+COPY_HEADER, COPY_END = b"PGCOPY\n\xff\r\n\0" + b"\0" * 8, b"\xff\xff"
+SENT = 1 << 20
+"""Bytes handed to the driver at a time."""
+
+Words = tuple[sql.Composed | sql.SQL, list[Any]]
+
+
+def expression(stage: Stage) -> sql.Composed:
+    """What a stage compares, over the column `vector`; an index is built on the very same expression."""
+    cut = sql.SQL("subvector(vector, 1, {})").format(sql.Literal(stage.width))
+    width = sql.Literal(stage.width)
+    if stage.code == "binary":
+        return sql.SQL("binary_quantize({})::bit({})").format(cut, width)
+    kind = "halfvec" if stage.code == "float16" else "vector"
+    return sql.SQL("{}::" + kind + "({})").format(cut, width)
+
+
+def distance(stage: Stage, query_D: Float32s) -> Words:
+    """The stage's distance of an item from the query, whose prefix is cut and renormalised here."""
+    prefix = list_text(truncate(query_D[None], stage.width)[0])
+    if stage.code == "binary":
+        return sql.SQL("{} <~> binary_quantize(%s::vector)").format(expression(stage)), [prefix]
+    kind = "halfvec" if stage.code == "float16" else "vector"
+    return sql.SQL("{} <=> %s::" + kind).format(expression(stage)), [prefix]
+
+
+def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: Condition | None) -> Words:
+    """One statement that answers one query: rows of (id, score, document, metadata as text), best first."""
+    full = len(query_D)
+    exact = sql.SQL("(vector::vector({}) <#> %s::vector)").format(sql.Literal(full))
+    text = list_text(query_D)
+    condition, values = condition_of(where)
+    source: sql.Identifier = table
+    parts: list[sql.Composed] = []
+    stages = list(plan.stages)
+    if stages[-1].width == full and stages[-1].code == "float32" and (len(stages) > 1 or stages[-1].scan == "flat"):
+        stages.pop()  # the final order is this stage
+    bound: list[Any] = []
+    for n, stage in enumerate(stages):
+        words, given = distance(stage, query_D)
+        tie = sql.SQL("" if stage.scan != "flat" else ", row")
+        keep, name = max(k, stage.keep or k), sql.Identifier(f"stage{n + 1}")
+        parts.append(
+            sql.SQL("{} AS MATERIALIZED (SELECT row, id, vector FROM {} {} ORDER BY {}{} LIMIT {})").format(
+                name, source, condition if n == 0 else sql.SQL(""), words, tie, sql.Literal(keep)
+            )
+        )
+        bound += (values if n == 0 else []) + given
+        source = name
+    best = sql.SQL("best AS MATERIALIZED (SELECT row, id, {} AS far FROM {} {} ORDER BY far, row LIMIT {})").format(
+        exact, source, sql.SQL("") if stages else condition, sql.Literal(k)
+    )
+    bound += [text, *([] if stages else values)]
+    return sql.SQL(
+        "WITH {} SELECT t.id, -best.far, t.document, t.metadata::text FROM best JOIN {} t USING (id) "
+        "ORDER BY best.far, best.row"
+    ).format(sql.SQL(", ").join([*parts, best]), table), bound
+
+
+def by_prefix(table: sql.Identifier, query_D: Float32s, width: int, k: int, where: Condition | None) -> Words:
+    """One statement that answers by the exact cosines of the first `width` dimensions alone."""
+    words, given = distance(Stage(width, "float32"), query_D)
+    condition, values = condition_of(where)
+    return sql.SQL(
+        "SELECT id, 1 - far, document, metadata::text FROM "
+        "(SELECT *, {} AS far FROM {} {} ORDER BY far, row LIMIT {}) best ORDER BY far, row"
+    ).format(words, table, condition, sql.Literal(k)), [*given, *values]
+
+
+def list_text(row: Float32s) -> str:
+    """A vector as pgvector reads it; nine digits give back the same float32."""
+    return "[" + ",".join(f"{x:.9g}" for x in row.tolist()) + "]"
+
+
+def condition_of(where: Condition | None) -> Words:
+    """A WHERE clause, or nothing."""
+    if where is None:
+        return sql.SQL(""), []
+    words, values = _said(where)
+    return sql.SQL("WHERE {}").format(words), values
+
+
+def _said(where: Condition) -> Words:
+    """Unknown counts as false: `IS NOT TRUE` wherever the opposite is meant."""
+    match where:
+        case Every(parts) | Either(parts):
+            said = [_said(part) for part in parts]
+            word = sql.SQL(" AND " if isinstance(where, Every) else " OR ")
+            return sql.SQL("({})").format(word.join(words for words, _ in said)), [v for _, vs in said for v in vs]
+        case Unless(part):
+            words, values = _said(part)
+            return sql.SQL("({} IS NOT TRUE)").format(words), values
+        case Compare(name, "!=", value):
+            return _said(Unless(Compare(name, "=", value)))
+        case Compare(name, "not_in", value):
+            return _said(Unless(Compare(name, "in", value)))
+        case Compare(name, "in", value):
+            return _said(Either(tuple(Compare(name, "=", one) for one in value))) if value else (sql.SQL("false"), [])
+        case Compare(name, "=", None):
+            return sql.SQL("(coalesce(jsonb_typeof(metadata -> %s), 'null') = 'null')"), [name]
+        case Compare(name, "=", value):
+            return _equals(name, value)
+        case Compare(name, operator, value):
+            return _ordered(name, operator, value)
+
+
+def _equals(name: str, value: Any) -> Words:
+    """By containment, which a GIN index on the metadata answers. True and 1 are equal, as everywhere."""
+    same = [value] if isinstance(value, str) else [value, *([bool(value)] if value in (0, 1) else [])]
+    if isinstance(value, bool):
+        same = [int(value), value]
+    words = sql.SQL(" OR ").join([sql.SQL("metadata @> %s")] * len(same))
+    return sql.SQL("({})").format(words), [Jsonb({name: one}) for one in same]
+
+
+def _ordered(name: str, operator: str, value: Any) -> Words:
+    if isinstance(value, str):
+        # Code points, as everywhere, not the server's language.
+        return sql.SQL(
+            "(CASE jsonb_typeof(metadata -> %s) WHEN 'string' THEN metadata ->> %s END COLLATE \"C\" {} %s)"
+        ).format(sql.SQL(operator)), [name, name, value]
+    return sql.SQL(
+        "(CASE jsonb_typeof(metadata -> %s) WHEN 'number' THEN (metadata ->> %s)::numeric "
+        "WHEN 'boolean' THEN (metadata ->> %s)::boolean::int::numeric END {} %s::text::numeric)"
+    ).format(sql.SQL(operator)), [name, name, name, repr(int(value) if isinstance(value, bool) else value)]
+
+
+def copy_rows(
+    keys: Sequence[str], units_ND: Float32s, documents: Sequence[str | None], metadata: Sequence[str | None], store: str
+) -> Iterator[bytes]:
+    """The rows (id, document, metadata, vector) as blocks of PostgreSQL's binary COPY format.
+
+    A vector is its number of dimensions, two bytes of nothing, and its numbers, all big-endian (pgvector's
+    `vector_send` and `halfvec_send`); jsonb is a version byte and the text.
+    """
+    wide = units_ND.astype(">f2" if store == "float16" else ">f4")
+    size = 4 + wide.shape[1] * wide.itemsize
+    head = struct.pack("!ihh", size, wide.shape[1], 0)
+    block = bytearray(COPY_HEADER)
+    for key, document, fields, row in zip(keys, documents, metadata, wide, strict=True):
+        block += b"\0\4"
+        for text, lead in ((key, b""), (document, b""), (fields, b"\1")):
+            if text is None:
+                block += b"\xff\xff\xff\xff"
+            else:
+                data = lead + text.encode()
+                block += struct.pack("!i", len(data)) + data
+        block += head + row.tobytes()
+        if len(block) >= SENT:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block + COPY_END)
+
+
+def read_vector(text: str) -> Float32s:
+    """A vector from pgvector's text."""
+    return np.array(text.strip("[]").split(","), dtype=np.float32)
