@@ -206,20 +206,21 @@ class PostgresIndex(EngineIndex):
             return connection.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(self._table), [keys]).rowcount
 
     def _find(self, asked: Asked) -> tuple[list[Found], list[StageReport] | None]:
-        found, started = [], time.perf_counter()
-        with self._transaction() as connection:
-            if asked.width is None:
-                self._set(connection, asked)
-            else:
-                connection.execute("SET LOCAL enable_indexscan = off")
+        cursors, started = [], time.perf_counter()
+        # A pipeline: settings, statements and commit cross the wire together.
+        with self._connected() as connection, connection.pipeline(), connection.transaction():
+            self._set(connection, asked)
             for query in asked.units:
                 if asked.width is not None:
                     statement, values = words.by_prefix(self._table, query, asked.width, asked.k, asked.where)
                 else:
                     statement, values = words.funnel(self._table, asked.plan, query, asked.k, asked.where)
-                rows = connection.execute(statement, values).fetchall()
-                columns = list(zip(*rows, strict=True)) if rows else [(), (), (), ()]
-                found.append(Found(*(list(column) for column in columns)))
+                cursors.append(connection.execute(statement, values))
+        found = []
+        for cursor in cursors:
+            rows = cursor.fetchall()
+            columns = list(zip(*rows, strict=True)) if rows else [(), (), (), ()]
+            found.append(Found(*(list(column) for column in columns)))
         return found, self._reports(asked, found, 1e3 * (time.perf_counter() - started)) if asked.explain else None
 
     def _reports(self, asked: Asked, found: list[Found], milliseconds: float) -> list[StageReport]:
@@ -235,24 +236,22 @@ class PostgresIndex(EngineIndex):
         return reports
 
     def _set(self, connection: "psycopg.Connection[Any]", asked: Asked) -> None:
-        """The planner's settings for this transaction: no graph may answer an exact scan, nor the reverse."""
+        """Settings of this transaction: no graph may answer an exact scan, nor the reverse."""
         first = asked.plan.stages[0]
-        if first.scan == "flat":
+        if asked.width is not None or first.scan == "flat":
             connection.execute("SET LOCAL enable_indexscan = off")
             return
         options, keep = dict(first.options), max(first.keep or asked.k, asked.k)
-        connection.execute("SET LOCAL enable_seqscan = off")
-        further = asked.where is not None or keep > EF_MOST
+        settings = {"enable_seqscan": "off"}
         if first.scan == "hnsw":
-            ef = min(EF_MOST, max(options.get("ef", 40), keep))
-            connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(ef)))
-            if further:
-                connection.execute("SET LOCAL hnsw.iterative_scan = relaxed_order")
+            settings["hnsw.ef_search"] = str(min(EF_MOST, max(options.get("ef", 40), keep)))
         else:
-            probes = options.get("probe", 1)
-            connection.execute(sql.SQL("SET LOCAL ivfflat.probes = {}").format(sql.Literal(probes)))
-            if further:
-                connection.execute("SET LOCAL ivfflat.iterative_scan = relaxed_order")
+            settings["ivfflat.probes"] = str(options.get("probe", 1))
+        if asked.where is not None or keep > EF_MOST:
+            # The scan goes on until enough items match.
+            settings[f"{'hnsw' if first.scan == 'hnsw' else 'ivfflat'}.iterative_scan"] = "relaxed_order"
+        calls = sql.SQL(", ").join([sql.SQL("set_config(%s, %s, true)")] * len(settings))
+        connection.execute(sql.SQL("SELECT {}").format(calls), [part for pair in settings.items() for part in pair])
 
     def prepare(self, plan: str | Plan | None = None) -> None:
         """Build the index that the plan's first stage scans, without locking readers or writers out."""
