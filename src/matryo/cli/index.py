@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CATALOGUE = "catalogue.sqlite"
 """The file whose presence makes a folder an index."""
 
-Folder = Annotated[Path, typer.Argument(help="Index folder.")]
+Place = Annotated[str, typer.Argument(help="Index folder, or URL of an engine.")]
 Source = Annotated[Path, typer.Argument(help="Table of documents, a folder with corpus.jsonl[.gz], or vectors alone.")]
 Vectors = Annotated[Path | None, typer.Option(help="Ready vectors, one row per document (.npy, ...).")]
 Metadata = Annotated[list[str] | None, typer.Option(help="Column kept for filters; repeatable.")]
@@ -37,7 +37,7 @@ def add(app: typer.Typer) -> None:
 
 def build(
     documents: Source,
-    out: Annotated[Path, typer.Option(help="Index folder to make.")],
+    out: Annotated[str, typer.Option(help="Index folder to make, or URL of an engine.")],
     model: Annotated[str | None, typer.Option(help="Model that encodes documents and, later, queries.")] = None,
     plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32', or plan.yaml.")] = None,
     vectors: Vectors = None,
@@ -46,7 +46,7 @@ def build(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last batch of a build cut off.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Index documents in a new folder. Each batch is committed: what was reported survives a crash.
+    """Index documents in a new folder or engine. Each batch is committed: what was reported survives a crash.
 
     Columns read: _id or id, title and text (or document). A document with neither is left out and counted, as there is
     nothing to encode; with ready vectors it is kept. Those are a column 'vector' of the same Parquet file, or beside it
@@ -54,13 +54,10 @@ def build(
     Example: matryo index build corpus.jsonl.gz --model runs/first --out docs.matryo --metadata section
     """
     from matryo import Index, load
-    from matryo.index.opening import refuse_taken
 
     plan, loaded = plan_text(plan), load(model) if model else None
     given = Documents(documents, vectors if model else ready_vectors(documents, vectors), metadata or [], loaded)
-    there = resume and (out / CATALOGUE).exists()
-    if not there:
-        refuse_taken(out)
+    there = _there(out, resume)
     _check(given)
     width = given.width
     made_by = identity(loaded) if loaded else None
@@ -75,7 +72,7 @@ def build(
 
 
 def add_documents(
-    index: Folder, documents: Source, vectors: Vectors = None, metadata: Metadata = None, as_json: Json = False
+    index: Place, documents: Source, vectors: Vectors = None, metadata: Metadata = None, as_json: Json = False
 ) -> None:
     """Add documents to an index, replacing those whose id is there already.
 
@@ -96,7 +93,7 @@ def add_documents(
         _report(opened, as_json, given)
 
 
-def delete(index: Folder, ids: Annotated[list[str], typer.Argument(help="Ids.")], as_json: Json = False) -> None:
+def delete(index: Place, ids: Annotated[list[str], typer.Argument(help="Ids.")], as_json: Json = False) -> None:
     """Delete documents by id.
 
     Example: matryo index delete docs.matryo some-id
@@ -108,7 +105,7 @@ def delete(index: Folder, ids: Annotated[list[str], typer.Argument(help="Ids.")]
     say_json({"deleted": gone}) if as_json else say(f"deleted {gone} of {len(ids)}")
 
 
-def stats(index: Folder, as_json: Json = False) -> None:
+def stats(index: Place, as_json: Json = False) -> None:
     """What an index holds and how many bytes it takes.
 
     Example: matryo index stats docs.matryo
@@ -119,7 +116,7 @@ def stats(index: Folder, as_json: Json = False) -> None:
         _report(opened, as_json)
 
 
-def check(index: Folder, as_json: Json = False) -> None:
+def check(index: Place, as_json: Json = False) -> None:
     """Read every byte and compare it with what was recorded. Exit status 2 if anything is damaged.
 
     Example: matryo index check docs.matryo
@@ -135,7 +132,7 @@ def check(index: Folder, as_json: Json = False) -> None:
 
 
 def compact(
-    index: Folder,
+    index: Place,
     store: Annotated[str | None, typer.Option(help="Keep full vectors as float16 or float32 from now on.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +148,7 @@ def compact(
 
 
 def search(
-    index: Folder,
+    index: Place,
     queries: Annotated[list[str], typer.Argument(help="One or more questions.")],
     k: Annotated[int, typer.Option("-k", help="Answers per question.")] = 10,
     plan: Annotated[str | None, typer.Option(help="Another plan than the index's own.")] = None,
@@ -196,20 +193,40 @@ def identity(model: "Model") -> dict[str, Any]:
     )
 
 
-def model_of(index: "Index", folder: Path, name: str | None = None) -> "Model":
+def model_of(index: "Index", place: str, name: str | None = None) -> "Model":
     """The model that made an index's vectors, or an error if it is not there or not the same any more."""
     from matryo import load
 
     recorded = index.stats()["model"]
     if not recorded:
-        raise InputError(f"{folder} was built from ready vectors and names no model; search it with mt.Index in Python")
+        raise InputError(f"{place} was built from ready vectors and names no model; search it with mt.Index in Python")
     model: Model = load(name or recorded["name"])
     found = identity(model)
     if found.get("blake2b") != recorded.get("blake2b"):
-        raise InputError(
-            f"{folder} was built by another model than {model.name} is now; give --model or build it again"
-        )
+        raise InputError(f"{place} was built by another model than {model.name} is now; give --model or build it again")
     return model
+
+
+def _there(out: str, resume: bool) -> bool:
+    """Whether there is an index to go on with; an error, before anything is read, where a new one cannot be made."""
+    from matryo import Index
+    from matryo.index.index import scheme_of
+    from matryo.index.opening import refuse_taken
+
+    if scheme_of(out) is None:
+        there = resume and (Path(out) / CATALOGUE).exists()
+        if not there:
+            refuse_taken(Path(out))
+        return there
+    try:
+        Index.open(out, read_only=True).close()
+    except InputError as error:
+        if "holds no index" in str(error):
+            return False
+        raise
+    if not resume:
+        raise InputError(f"{out} already holds an index; open it with Index.open, or choose another name")
+    return True
 
 
 def _check(given: Documents) -> None:
@@ -218,7 +235,7 @@ def _check(given: Documents) -> None:
         given.check(progress.by)
 
 
-def _same_wish(index: "Index", width: int, plan: str | None, store: str, folder: Path) -> None:
+def _same_wish(index: "Index", width: int, plan: str | None, store: str, place: str) -> None:
     """Raise where a build that is to go on was begun with other options."""
     from matryo import Plan
 
@@ -226,10 +243,10 @@ def _same_wish(index: "Index", width: int, plan: str | None, store: str, folder:
     wanted = {"width": width, "store": store} | ({"plan": str(Plan.parse(plan))} if plan else {})
     for name, value in wanted.items():
         if told[name] != value:
-            raise InputError(f"{folder} was begun with {name} {told[name]}, not {value}; go on with the same options")
+            raise InputError(f"{place} was begun with {name} {told[name]}, not {value}; go on with the same options")
 
 
-def _fill(index: "Index", given: Documents, folder: Path, source: str | None = None) -> None:
+def _fill(index: "Index", given: Documents, place: str, source: str | None = None) -> None:
     """Write the documents batch by batch, after those of the same source that are in."""
     start = index.read_from(source) if source else 0
 
@@ -246,7 +263,7 @@ def _fill(index: "Index", given: Documents, folder: Path, source: str | None = N
     except KeyboardInterrupt:
         how = "the same command with --resume" if source else "'matryo index add' with the same file"
         raise InterruptedByUserError(
-            f"interrupted; {folder} holds {len(index)} documents, in whole batches; the rest can follow by {how}"
+            f"interrupted; {place} holds {len(index)} documents, in whole batches; the rest can follow by {how}"
         ) from None
 
 
@@ -260,10 +277,14 @@ def _report(index: "Index", as_json: bool, given: Documents | None = None) -> No
         say_json(found if given is None else {**found, "left_out": given.left})
         return
     for name in ("items", "dead_rows", "width", "plan", "store", "generation"):
-        say(f"{name}: {found[name]}")
+        if name in found:
+            say(f"{name}: {found[name]}")
     if found["model"]:
         say(f"model: {found['model']['name']}")
-    say(f"on disk: {sum(found['files'].values()):,} bytes, {found['vector_bytes']:,} of them vectors")
+    if "files" in found:
+        say(f"on disk: {sum(found['files'].values()):,} bytes, {found['vector_bytes']:,} of them vectors")
+    if "index_bytes" in found:
+        say(f"in the engine: {found['table_bytes']:,} bytes of rows, {sum(found['index_bytes'].values()):,} of indexes")
 
 
 def _rows(queries: list[str], hits: "Hits") -> list[dict[str, Any]]:

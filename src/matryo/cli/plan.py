@@ -84,7 +84,7 @@ def plan_text(text: str | None) -> str | None:
 
 
 def calibrate(
-    index: Annotated[Path, typer.Argument(help="Index folder.")],
+    index: Annotated[str, typer.Argument(help="Index folder, or URL of an engine.")],
     queries: Annotated[
         Path | None,
         typer.Option(help="Table of queries (column text), or vectors (.npy, .safetensors); items are asked if unset."),
@@ -114,11 +114,11 @@ def calibrate(
     say(f"promise: {promise}")
 
 
-def vectors_of(queries: Path, index: "Index", folder: Path, model: str | None) -> Any:
+def vectors_of(queries: Path, index: "Index", place: str, model: str | None) -> Any:
     """Vectors of queries: read, or encoded by the model that made the index."""
     from matryo.cli.index import model_of
     from matryo.core.records import read_texts, read_vectors
 
     if queries.suffix in VECTOR_FILES:
         return read_vectors(queries)
-    return model_of(index, folder, model).encode(read_texts(queries))
+    return model_of(index, place, model).encode(read_texts(queries))

@@ -16,7 +16,7 @@ def add(app: typer.Typer) -> None:
 
 def serve(
     model: Annotated[str, typer.Argument(help="Model folder.")],
-    index: Annotated[Path | None, typer.Option(help="Index folder that /v1/search answers from.")] = None,
+    index: Annotated[str | None, typer.Option(help="Index, folder or URL, that /v1/search answers from.")] = None,
     plans: Annotated[Path | None, typer.Option(help="File of matryo plan (.json, .yaml) for the page.")] = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback it needs --api-keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
@@ -48,7 +48,7 @@ def serve(
     run(
         Settings(
             model=model,
-            index=None if index is None else str(index),
+            index=index,
             plans=None if plans is None else str(plans),
             host=host,
             port=port,

