@@ -53,7 +53,7 @@ def main() -> None:
     else:
         vectors = np.load(args.vectors, mmap_mode="r")[: args.items]
         queries = np.asarray(np.load(args.queries, mmap_mode="r")[: args.asked], dtype=np.float32)
-    units = np.ascontiguousarray(vectors, dtype=np.float32)
+    units = np.array(vectors, dtype=np.float32)
     units /= np.linalg.norm(units, axis=1, keepdims=True)
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     truth = [set(np.argpartition(-(units @ q), K)[:K].tolist()) for q in queries]
