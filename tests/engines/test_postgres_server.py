@@ -221,11 +221,13 @@ def test_a_password_is_used_and_never_shown(url, quick, monkeypatch, tmp_path):
 
     monkeypatch.setattr(psycopg, "connect", spy)
     with Index.create(url, width=8) as index:
+        with Index.open(str(index.address)) as again:
+            assert len(again) == 0
         assert "hunter2" not in f"{index!r} {index.address!r} {index.address}"
     monkeypatch.setenv("DOCS_URL", url.replace("postgres@", "nobody:swordfish@"))
     with pytest.raises(AccessError) as refused:
         Index.open("env:DOCS_URL")
-    assert seen == ["hunter2", "swordfish"]
+    assert seen == ["hunter2", "hunter2", "swordfish"]
     assert "swordfish" not in str(refused.value)
 
 

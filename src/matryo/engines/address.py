@@ -11,7 +11,7 @@ from matryo.core.errors import InputError
 from matryo.index.index import FROM_ENVIRONMENT
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,47}")
-"""What a table or collection may be called in every engine."""
+"""What a table may be called."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,19 @@ class Address:
     scheme: str
     hosts: tuple[tuple[str, int | None], ...]
     path: str
-    """Database, folder or file, without the name."""
+    """Database."""
     name: str
-    """Table or collection."""
+    """Table."""
     options: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
     secret: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """The URL without its secret."""
+        """The URL without its secret, which opens the same index."""
         hosts = ",".join(host if port is None else f"{host}:{port}" for host, port in self.hosts)
         user = f"{self.user}@" if self.user else ""
-        return f"{self.scheme}://{user}{hosts}/{self.path}{'/' if self.path else ''}{self.name}"
+        query = "&".join(f"{name}={value}" for name, value in {**self.options, "table": self.name}.items())
+        return f"{self.scheme}://{user}{hosts}/{self.path}?{query}"
 
     def clean(self, text: object) -> str:
         """One line of an engine's message, the secret cut out of it."""
@@ -46,12 +47,11 @@ class Address:
         return line.replace(self.secret, "***") if self.secret else line
 
 
-def read_address(url: str | Path, *, table: str | None, allowed: Mapping[str, str], secret: str | None) -> Address:
+def read_address(url: str | Path, *, allowed: Mapping[str, str], secret: str) -> Address:
     """The parts of a URL.
 
     Args:
         url: the URL, or env:NAME for one in an environment variable; only that one may hold a password.
-        table: the query option that names the table, where the path is a database; None where the path ends in it.
         allowed: query option -> what it is, for the error that names them.
         secret: environment variable of the password or key; its name with _FILE appended may name a file instead.
 
@@ -65,35 +65,28 @@ def read_address(url: str | Path, *, table: str | None, allowed: Mapping[str, st
     parts = urlsplit(text)
     shown = text if parts.password is None else text.replace(parts.password, "***")
     if parts.password is not None and not from_environment:
-        how = f"set {secret} or {secret}_FILE" if secret else "leave it out"
         raise InputError(
-            f"{shown} holds a password, which shells and logs remember; {how}, or put the whole URL into an "
-            "environment variable and give env:NAME"
+            f"{shown} holds a password, which shells and logs remember; set {secret} or {secret}_FILE, or put the "
+            "whole URL into an environment variable and give env:NAME"
         )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     for option in options:
         if option not in allowed:
             known = ", ".join(f"{name} ({what})" for name, what in allowed.items())
             raise InputError(f"{shown}: unknown option {option!r}; allowed: {known or 'none'}")
-    path = unquote(parts.path).lstrip("/") if table else unquote(parts.path).rstrip("/")
-    if table is None:
-        path, _, name = path.rpartition("/")
-    else:
-        name = options.pop(table, "matryo")
+    name = options.pop("table", "matryo")
     if not NAME.fullmatch(name):
-        where = f"the option {table}" if table else "the last part of the path"
         raise InputError(
-            f"{shown}: {where} names the index and must be letters, digits and _ (at most 48), got {name!r}"
+            f"{shown}: the option table names the index and must be letters, digits and _ (at most 48), got {name!r}"
         )
     user = unquote(parts.username) if parts.username else None
     found = unquote(parts.password) if parts.password else read_secret(secret)
-    return Address(parts.scheme, _hosts(parts.netloc.rpartition("@")[2], shown), path, name, options, user, found)
+    hosts = _hosts(parts.netloc.rpartition("@")[2], shown)
+    return Address(parts.scheme, hosts, unquote(parts.path).lstrip("/"), name, options, user, found)
 
 
-def read_secret(name: str | None) -> str | None:
+def read_secret(name: str) -> str | None:
     """The value of an environment variable, or of the file that `NAME_FILE` names; None where neither is set."""
-    if name is None:
-        return None
     if os.environ.get(name):
         return os.environ[name]
     place = os.environ.get(f"{name}_FILE")

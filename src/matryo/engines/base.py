@@ -53,10 +53,6 @@ class Can:
     """Stages a plan may have."""
     within: bool = False
     """Whether a first stage may stop by itself, query by query."""
-    atomic: bool = True
-    """Whether a batch is one commit."""
-    ordered: bool = True
-    """Whether equal scores come in the order in which items were written."""
     kept: tuple[str, ...] = ("float16", "float32")
     """How full vectors may be stored."""
 

@@ -420,7 +420,7 @@ class PostgresIndex(EngineIndex):
 
 
 def _address(path: str | Path) -> Address:
-    return read_address(path, table="table", allowed=OPTIONS, secret=SECRET)
+    return read_address(path, allowed=OPTIONS, secret=SECRET)
 
 
 def _connect(address: Address) -> "psycopg.Connection[Any]":
