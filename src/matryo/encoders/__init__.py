@@ -1,4 +1,4 @@
-"""Encoders: texts in, full-width vectors out; `load` finds the right one for a name."""
+"""Encoders: texts or pictures in, full-width vectors out; `load` finds the right one for a name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,10 @@ def load(name: str | Path, device: str | None = None) -> Model:
             from matryo.encoders.onnx import OnnxEncoder
 
             return model_of(OnnxEncoder.load(folder), read_card(folder), folder)
+        if (folder / "image.json").is_file():
+            from matryo.encoders.images.encoder import ImageEncoder
+
+            return model_of(ImageEncoder.load(folder, device), read_card(folder), folder)
         types = module_types(folder)
         card = read_card(folder)
         if len(types) == 1 and types[0].endswith(".StaticEmbedding"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,14 +18,17 @@ Progress = Callable[[int], None]
 
 
 class Encoder(Protocol):
-    """What turns texts into full-width vectors. Lengths do not matter; the model cuts and normalises."""
+    """What turns inputs into full-width vectors. Lengths do not matter; the model cuts and normalises.
+
+    Inputs are texts, unless the encoder has an attribute `modality` that is "image".
+    """
 
     @property
     def width(self) -> int:
         """Full width D."""
 
-    def vectors(self, texts: Sequence[str], batch_size: int, progress: bool) -> Float32s:
-        """(N, D) float32 for N texts, in order."""
+    def vectors(self, inputs: Sequence[Any], batch_size: int, progress: bool, /) -> Float32s:
+        """(N, D) float32 for N inputs, in order."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +77,33 @@ class Model:
 
     def encode(
         self,
-        inputs: Sequence[str],
+        inputs: Sequence[Any],
         width: int | None = None,
         depth: int | None = None,
         code: str = "float32",
         batch_size: int = 64,
         progress: bool = False,
     ) -> NDArray[Any]:
-        """Encode texts to the first `width` dimensions, renormalised, stored as `code`.
+        """Encode texts, or pictures, to the first `width` dimensions, renormalised, stored as `code`.
 
         Args:
-            inputs: N texts, none blank.
+            inputs: N texts, none blank; for an image encoder N pictures: paths, bytes, PIL images or uint8 arrays
+                (H, W, 3), or one array (N, H, W, 3).
             width: any of 1..D, trained or not; D by default.
             depth: number of layers to run; only for models trained with several depths.
             code: float32, float16, bfloat16 (as uint16), int8 or binary (packed bits, width a multiple of 8).
-            batch_size: texts per forward pass.
+            batch_size: inputs per forward pass.
             progress: show a bar on a terminal.
 
         Returns:
             (N, width) array of unit rows (float codes), or the codes of such rows.
 
         Raises:
-            InputError: a blank text, a width outside 1..D, an unknown depth or code, int8 at a width whose ranges the
-                model folder does not hold; or the model gave NaN, Inf or zeros for a text, named by its position.
+            InputError: a blank text, a text for an image encoder or a picture for another, a broken picture, a width
+                outside 1..D, an unknown depth or code, int8 at a width whose ranges the model folder does not hold; or
+                the model gave NaN, Inf or zeros for an input, named by its position.
         """
-        if isinstance(inputs, str):
-            raise InputError("inputs must be a list of texts, got one text; put it in a list")
-        texts = check_texts(inputs, "inputs")
+        checked = self._checked(inputs)
         width = check_width(self.width if width is None else width, self.width)
         if depth is not None and (self.depths is None or depth not in self.depths):
             allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
@@ -115,7 +119,7 @@ class Model:
                     "codec on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
                 )
             store.load({"scale": self.card.int8_scales[width]})
-        full = self.encoder.vectors(texts, batch_size, progress)
+        full = self.encoder.vectors(checked, batch_size, progress)
         # A lone NaN dimension makes the sum NaN; a zero row sums to 0: one pass finds both.
         sums = np.einsum("nd,nd->n", full[:, :width], full[:, :width], dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(sums) | (sums == 0))
@@ -123,3 +127,15 @@ class Model:
             what = "only zeros" if sums[bad[0]] == 0 else "NaN or Inf"
             raise InputError(f"the model gave {what} for inputs[{int(bad[0])}] at width {width}; it cannot encode it")
         return store.encode(truncate(full, width))
+
+    def _checked(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs, if they are of the kind that the encoder takes."""
+        if getattr(self.encoder, "modality", "text") == "text":
+            if isinstance(inputs, str):
+                raise InputError("inputs must be a list of texts, got one text; put it in a list")
+            return check_texts(inputs, "inputs")
+        if isinstance(inputs, (str, bytes, Path)) or not hasattr(inputs, "__len__"):
+            raise InputError(f"inputs must be a list of pictures, got one {type(inputs).__name__}; put it in a list")
+        if getattr(inputs, "ndim", 4) != 4:
+            raise InputError(f"an array of pictures is (N, H, W, 3), got {tuple(np.shape(inputs))}; put one in a list")
+        return inputs
