@@ -1,0 +1,124 @@
+"""The paper's first experiment at the scale of one core: MRL, MRL-E and one fixed-feature model per width.
+
+    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--until HH:MM]
+
+DATA holds train.parquet and val.parquet (image, label). Every model has the same backbone, recipe and epochs. A
+finished model is one row of results/tiny.jsonl and is not trained again; one that was stopped goes on from its last
+epoch.
+SCRATCH keeps decoded pictures, model folders and the vectors of both splits (float16 .npy) for later measurements.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from matryo.core.prefix import truncate
+from matryo.encoders.images import Pictures, read_pictures
+from matryo.encoders.images.network import NetworkConfig
+from matryo.training import load_head
+from matryo.training.images import Epoch, ImageConfig, train_images
+
+WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
+BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128],
+    "depths": [1, 1, 1],
+    "layer_type": "basic",
+}
+RESULTS = Path(__file__).parent / "results" / "tiny.jsonl"
+
+
+def jobs(seeds: int) -> list[tuple[str, int]]:
+    kinds = ["mrl", "mrl-e", *(f"ff-{width}" for width in WIDTHS)]
+    return [(kind, seed) for seed in range(seeds) for kind in kinds]
+
+
+def config_of(kind: str, seed: int, epochs: int, scratch: Path) -> ImageConfig:
+    widths = (int(kind.removeprefix("ff-")),) if kind.startswith("ff-") else WIDTHS
+    return ImageConfig(
+        out=scratch / f"{kind}-{seed}",
+        network=NetworkConfig(BACKBONE, width=widths[-1], stem="half"),
+        widths=widths,
+        tied=kind == "mrl-e",
+        epochs=epochs,
+        label_smoothing=0.1,
+        precision="bfloat16",
+        seed=seed,
+    )
+
+
+def neighbours(
+    train_ND: np.ndarray, labels_N: np.ndarray, val_QD: np.ndarray, want_Q: np.ndarray
+) -> tuple[float, float]:
+    """1-NN accuracy and mAP@10 by cosine, of the val pictures among the training pictures; AP is divided by 10."""
+    hits = []
+    for start in range(0, len(val_QD), 1000):
+        scores = torch.from_numpy(val_QD[start : start + 1000] @ train_ND.T)
+        hits.append(labels_N[scores.topk(10).indices.numpy()] == want_Q[start : start + 1000, None])
+    hits_QK = np.concatenate(hits)
+    precision_QK = hits_QK.cumsum(1) / np.arange(1, 11)
+    return float(hits_QK[:, 0].mean()), float((precision_QK * hits_QK).sum(1).mean() / 10)
+
+
+def measure(config: ImageConfig, train: Pictures, val: Pictures, scratch: Path) -> dict[str, object]:
+    model = train_images(config, train, resume=True)
+    head, _ = load_head(config.out)
+    vectors = {}
+    for name, part in (("train", train), ("val", val)):
+        vectors[name] = model.encoder.vectors(part.pixels, 500, False)
+        np.save(scratch / f"{config.out.name}-{name}.npy", vectors[name].astype(np.float16))
+    head_top1, nearest, precision = {}, {}, {}
+    with torch.inference_mode():
+        for width in config.widths or ():
+            said = head(torch.from_numpy(vectors["val"]), width=width).argmax(1).numpy()
+            head_top1[width] = float((said == val.labels).mean())
+            found = neighbours(
+                truncate(vectors["train"], width), train.labels, truncate(vectors["val"], width), val.labels
+            )
+            nearest[width], precision[width] = found
+    return {"head_top1": head_top1, "1nn": nearest, "map@10": precision}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--until", help="stop after the epoch that ends past this time of day, HH:MM")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.results.open()] if options.results.is_file() else []
+    done = {(row["model"], row["seed"], row["epochs"]) for row in rows}
+    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
+    val = read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
+
+    def report(said: Epoch) -> None:
+        losses = " ".join(f"{width}:{loss:.3f}" for width, loss in said.losses.items())
+        print(f"  epoch {said.epoch}/{said.epochs} {said.seconds:.0f} s {losses}", flush=True)
+        if options.until and time.strftime("%H:%M") >= options.until:
+            raise SystemExit("stopped; the same command goes on")
+
+    for kind, seed in jobs(options.seeds):
+        if (kind, seed, options.epochs) in done:
+            continue
+        print(kind, seed, flush=True)
+        config, began = config_of(kind, seed, options.epochs, options.scratch), time.perf_counter()
+        train_images(config, train, resume=True, report=report)
+        spent = time.perf_counter() - began
+        row = {"model": kind, "seed": seed, "epochs": options.epochs, "last_run_s": round(spent, 1)}
+        row |= measure(config, train, val, options.scratch)
+        with options.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
