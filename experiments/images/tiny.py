@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--until", help="stop after the epoch that ends past this time of day, HH:MM")
     options = parser.parse_args()

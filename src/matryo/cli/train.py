@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matryo.cli.pictures import holds_pictures, train_pictures
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
 from matryo.core.errors import InputError
 
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 OPTIONS = {
     "loss-arg": "NAME=VALUE, for example temperature=0.05",
     "data": "a file, or a mapping such as '{path: sts.jsonl, loss: cosent, weight: 0.5}'",
+    "picture": "a mapping such as '{size: 32, pooling: avg}'",
     "lora": "a rank, or a mapping such as '{r: 16, alpha: 32, target_modules: [query, value]}'",
 }
+
+
+TASKS = {"classify": "cross_entropy", "contrast": "supcon"}
 
 
 def add(app: typer.Typer) -> None:
@@ -74,6 +79,12 @@ def train(
     widths: Annotated[str | None, typer.Option(help="Widths to train, such as 64,128,256.")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight per width.")] = None,
     dim: Annotated[int | None, typer.Option(help="Full width of a new static encoder.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classify or contrast: labelled texts, or pictures (a folder of class folders).")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(help="Of pictures: '{size: 32, pooling: avg, model_type: resnet, bad: refuse}'.")
+    ] = None,
     loss: Annotated[str | None, typer.Option(help="Name of the loss (info_nce), or package.module:function.")] = None,
     loss_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the loss; repeat for more.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model that the loss learns from, or its vectors.")] = None,
@@ -114,8 +125,17 @@ def train(
     Example: matryo train pairs.jsonl.gz --out runs/first --widths 32,64,128,256 --dev dev-set/
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("config", "resume", "as_json", "user_code"):
+    for name in ("config", "resume", "as_json", "user_code", "task", "picture"):
         given.pop(name, None)
+    if task is not None and task not in TASKS:
+        raise InputError(f"--task must be {' or '.join(TASKS)}, got {task!r}")
+    if task is not None and pairs is not None and holds_pictures(pairs):
+        train_pictures(given, TASKS[task], mapping(picture, "picture") if picture else {}, resume, as_json)
+        return
+    if picture is not None:
+        raise InputError("--picture is for pictures: give --task, and a folder of class folders or a column 'image'")
+    if task is not None:
+        given.setdefault("loss", TASKS[task])
     with _allowing(user_code):
         settings = _settings(given, config)
         model = _run(settings, resume)

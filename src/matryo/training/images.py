@@ -25,8 +25,8 @@ from matryo.core.files import write_atomically
 from matryo.core.prefix import Nesting
 from matryo.encoders.folder import CARD, read_card, write_card
 from matryo.encoders.images.augment import crop_and_flip
-from matryo.encoders.images.encoder import ImageEncoder
-from matryo.encoders.images.network import Network, NetworkConfig
+from matryo.encoders.images.encoder import IMAGE, ImageEncoder
+from matryo.encoders.images.network import Network, NetworkConfig, pretrained
 from matryo.encoders.images.pictures import Pictures
 from matryo.encoders.model import Card, Model
 from matryo.losses import NestedHead, nested_cross_entropy, nested_multi_similarity, nested_supcon
@@ -43,6 +43,8 @@ class ImageConfig:
     out: Path
     """Model folder to write; the checkpoint lies inside it until the run ends."""
     network: NetworkConfig
+    base: str | None = None
+    """Folder or hub name of transformers, or an image model's folder, whose weights to start from."""
     widths: tuple[int, ...] | None = None
     """Widths to train; 8 doubling to D if unset."""
     loss: Loss = "cross_entropy"
@@ -130,6 +132,22 @@ def load_images(folder: str | Path, device: str | None = None) -> Model:
     return Model(ImageEncoder.load(folder, device), read_card(Path(folder)))
 
 
+def starting(base: str, config: NetworkConfig) -> Network:
+    """A network of this configuration around the weights of `base`; its projection is new unless `base` has the same.
+
+    Raises:
+        InputError: `base` cannot be loaded, or its backbone is not that of `config`.
+    """
+    if (Path(base) / IMAGE).is_file():
+        found = ImageEncoder.load(base).network
+        network = found if found.config.width == config.width else Network(config, found.backbone)
+    else:
+        network = pretrained(base, config.width, config.size, config.pooling)
+    if network.config.backbone != config.backbone:
+        raise InputError(f"the backbone of {base} is not the one that the configuration describes; take its own")
+    return network
+
+
 class _Run:
     def __init__(self, config: ImageConfig, pictures: Pictures) -> None:
         self.config, self.pictures = config, pictures
@@ -137,7 +155,7 @@ class _Run:
         # A local generator would not reach the initialisers of transformers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            made: Any = Network(config.network)
+            made: Any = Network(config.network) if config.base is None else starting(config.base, config.network)
             self.network: Network = made.to(memory_format=torch.channels_last)
             D = self.network.width
             self.nesting = Nesting.doubling(min(8, D), D) if config.widths is None else Nesting(config.widths)

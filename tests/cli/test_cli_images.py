@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+import pytest
+
+Image = pytest.importorskip("PIL.Image")
+
+from matryo import load  # noqa: E402
+from matryo.cli import run  # noqa: E402
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command line in this process: (exit status, standard output, standard error)."""
+
+    def go(*arguments):
+        status = run([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        (place / label).mkdir()
+        for n in range(8):
+            pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + (100 if label == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(place / label / f"{n}.png")
+    return place
+
+
+LINE = ("--dim", "16", "--widths", "4,16", "--epochs", "1", "--batch-size", "8", "--picture", "{size: 16}")
+
+
+@pytest.mark.parametrize("task", ["classify", "contrast"])
+def test_pictures_are_trained_and_loaded(cli, folder, tmp_path, task):
+    status, said, err = cli("train", folder, "--task", task, "--out", tmp_path / "model", *LINE, "--json")
+    assert status == 0, err
+    assert json.loads(said)["widths"] == [4, 16]
+    assert "epoch 1/1 loss 4:" in err
+    files = sorted(folder.rglob("*.png"))
+    assert load(tmp_path / "model").encode(files, width=4).shape == (16, 4)
+    more = ("--base", tmp_path / "model", "--epochs", "1", "--widths", "4,8,16", "--loss-arg", "tied=true")
+    if task == "classify":
+        status, said, err = cli("train", folder, "--task", task, "--out", tmp_path / "more", *more)
+        assert status == 0, err
+        assert load(tmp_path / "more").nesting.widths == (4, 8, 16)
+
+
+def test_broken_pictures_are_told(cli, folder, tmp_path):
+    (tmp_path / "set" / "dark").mkdir(parents=True)
+    (tmp_path / "set" / "dark" / "bad.png").write_bytes(b"broken")
+    for file in sorted((folder / "dark").iterdir()):
+        (tmp_path / "set" / "dark" / file.name).write_bytes(file.read_bytes())
+    line = ("train", tmp_path / "set", "--task", "classify", "--out", tmp_path / "model")
+    status, _, err = cli(*line, *LINE)
+    assert status == 2
+    assert "bad.png cannot be read as a picture" in err
+    status, _, err = cli(*line, *LINE[:-1], "{size: 16, bad: skip}")
+    assert status == 0, err
+    assert "1 of 9 pictures skipped" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--task", "sort"), "--task must be classify or contrast, got 'sort'"),
+        (("--task", "classify", "--temperature", "0.1"), "--temperature: not for pictures"),
+        (("--task", "classify", "--picture", "{colour: red}"), "--picture takes size, pooling"),
+        (("--task", "classify", "--picture", "{model_type: none}"), "model_type must be one of resnet"),
+        (("--task", "classify", "--loss-arg", "beta=1"), "--loss-arg beta: with pictures it is tied"),
+        (("--picture", "{size: 16}"), "--picture is for pictures: give --task"),
+    ],
+)
+def test_mistakes(cli, folder, tmp_path, more, said):
+    status, _, err = cli("train", folder, "--out", tmp_path / "model", *more)
+    assert status == 2
+    assert said in err
+    assert not (tmp_path / "model").exists()
