@@ -3,7 +3,7 @@
     python experiments/images/baselines.py DATA --scratch SCRATCH [--model ff-1024] [--seeds 3]
 
 All are made from one model of full width; SVD and PCA are fitted on the training pictures only. Per width: 1-NN and
-mAP@10 by cosine among the training pictures, and the top-1 of a linear classifier trained on the short training vectors.
+mAP@10 by cosine among the training pictures, and top-1 of a linear classifier trained on the short training vectors.
 """
 
 import argparse
