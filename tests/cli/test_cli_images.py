@@ -81,3 +81,11 @@ def test_mistakes(cli, folder, tmp_path, more, said):
     assert status == 2
     assert said in err
     assert not (tmp_path / "model").exists()
+
+
+def test_a_configuration_file_is_refused_for_pictures(cli, folder, tmp_path):
+    (tmp_path / "train.yaml").write_text("epochs: 1\n")
+    status, _, err = cli(
+        "train", folder, "--task", "classify", "--out", tmp_path / "m", "--config", tmp_path / "train.yaml"
+    )
+    assert (status, "--config: not for pictures" in err) == (2, True)
