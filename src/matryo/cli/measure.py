@@ -26,11 +26,16 @@ def add(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, hub name or 'toy'.")],
-    task: Annotated[Path, typer.Argument(help="Retrieval folder (BEIR layout) or STS file.")],
+    task: Annotated[
+        Path,
+        typer.Argument(help="Retrieval folder (BEIR layout), STS file, or folder of labelled train and test files."),
+    ],
     split: Annotated[str, typer.Option(help="Judgements of a retrieval folder.")] = "test",
     widths: Annotated[str | None, typer.Option(help="Widths, trained or not, such as 32,64,200.")] = None,
     codes: Annotated[str, typer.Option(help="Codes, such as float32,int8,binary.")] = "float32,int8,binary",
-    baselines: Annotated[str, typer.Option(help="Of pca and random; 'none' for neither.")] = "pca,random",
+    baselines: Annotated[
+        str, typer.Option(help="Of pca and random (labelled sets: svd and select too), or 'none'.")
+    ] = "pca,random",
     fit: Annotated[
         Path | None, typer.Option(help="Pairs whose positives PCA is fitted on; the corpus if unset.")
     ] = None,
@@ -48,7 +53,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for models trained here, used again next time; MODEL-alone if unset."),
     ] = None,
-    metric: Annotated[str, typer.Option(help="nDCG@k, recall@k, MRR@k or mAP@k.")] = "nDCG@10",
+    metric: Annotated[
+        str, typer.Option(help="nDCG@k, recall@k, MRR@k or mAP@k; of labels top-1, 1-NN or another in the report.")
+    ] = "nDCG@10",
     report: Annotated[Path | None, typer.Option(help="Write the page with charts here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here as well.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 1000,
@@ -84,6 +91,7 @@ def evaluate(
         twins=twins,
         separate=alone,
         fit_vectors=loaded.encode(read_pairs(fit).positives) if fit else None,
+        heads=_heads(model, measured),
         resamples=resamples,
         seed=seed,
         command=shlex.join(["matryo", *sys.argv[1:]]),
@@ -94,6 +102,19 @@ def evaluate(
         write_text(out, result.to_json() + "\n")
         note(f"wrote {out}")
     say(result.to_json() if as_json else result.table())
+
+
+def _heads(model: str, task: Any) -> Any:
+    """The classifier that the model was trained with, if its folder holds one of the classes of a labelled task."""
+    from matryo.classify import LinearHeads
+    from matryo.core.labelled import LabelledTask
+
+    if not isinstance(task, LabelledTask) or not (Path(model) / "head.safetensors").is_file():
+        return None
+    from matryo.training import load_head
+
+    head, classes = load_head(model)
+    return LinearHeads.of(head, classes) if set(classes) <= set(task.classes) else None
 
 
 def _others(

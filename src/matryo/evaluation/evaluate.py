@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from matryo.classify import LinearHeads
 from matryo.core.codecs import codec
 from matryo.core.errors import InputError
 from matryo.core.gram import check_widths
+from matryo.core.labelled import LabelledTask, is_labelled, read_labelled_task
 from matryo.core.metrics import Metric, check_metrics
 from matryo.core.records import Retrieval, ScoredPairs, read_retrieval, read_sts
 from matryo.evaluation.bootstrap import Resampling
+from matryo.evaluation.labelled import evaluate_labelled
 from matryo.evaluation.report import Report
 from matryo.evaluation.rows import SPEARMAN, comparisons, rows_of, statistics
 from matryo.evaluation.scoring import Cell, score
@@ -33,7 +36,7 @@ FURTHER = ("recall@10", "recall@100", "MRR@10", "mAP@100")
 
 def evaluate(
     model_or_vectors: Source,
-    task: Task | str | Path,
+    task: Task | LabelledTask | str | Path,
     widths: Sequence[int] | None = None,
     depths: Sequence[int] | None = None,
     codes: Sequence[str] = ("float32",),
@@ -45,6 +48,7 @@ def evaluate(
     twins: Mapping[str, Source] | None = None,
     separate: Mapping[int, Source] | None = None,
     fit_vectors: NDArray[np.floating] | None = None,
+    heads: LinearHeads | None = None,
     against: str | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -56,7 +60,8 @@ def evaluate(
 
     Args:
         model_or_vectors: an object with `encode(texts)` -> (N, D), or a pair (queries_QD, documents_ND) of arrays.
-        task: a Retrieval or ScoredPairs set, or a path: a folder in the BEIR layout, or a file of scored pairs.
+        task: a Retrieval or ScoredPairs set, or a path: a folder in the BEIR layout, or a file of scored pairs;
+            or a LabelledTask or a folder with train and test files of it, as `evaluation.labelled` says.
         widths: inside 1..D, in any order; by default the trained ones, powers of two from 8 on, and D.
         depths: numbers of encoder layers to measure too; the model has to offer them.
         codes: how documents are stored; float32 is always measured.
@@ -66,6 +71,7 @@ def evaluate(
         twins: name -> another model (say, trained without nesting), cut at the same widths.
         separate: width -> a model trained at that width alone; `train_alone` makes them.
         fit_vectors: (M, D) training vectors to fit PCA on; by default the document vectors of the task.
+        heads: trained heads of the model, measured beside the probe (labelled tasks only).
         against: name of the system the model is compared with; by default the first twin, else the first baseline.
         name: what the report calls the model; by default its own name.
         seed: of resamples and of the random projection.
@@ -76,9 +82,19 @@ def evaluate(
         InputError: whatever does not fit, in one line; nothing is encoded before the arguments are checked.
         MissingExtraError: a baseline without scikit-learn.
     """
+    task = read_task(task, split)
+    if isinstance(task, LabelledTask):
+        if depths or fit_vectors is not None:
+            raise InputError("a labelled task takes neither depths nor fit_vectors; baselines are fitted on its train")
+        return evaluate_labelled(
+            model_or_vectors, task, widths, codes, baselines, metric="top-1" if metric == "nDCG@10" else str(metric),
+            heads=heads, twins=twins, separate=separate, against=against, name=name, seed=seed, resamples=resamples,
+            confidence=confidence, command=command,
+        )  # fmt: skip
+    if heads is not None:
+        raise InputError(f"heads are measured on labelled tasks; {task.name} is none")
     _check_arguments(codes, baselines, model_or_vectors, depths)
     codes = list(dict.fromkeys(["float32", *codes]))
-    task = read_task(task, split)
     metrics = list(dict.fromkeys(check_metrics([metric, *further])))
     items = task.judged.count if isinstance(task, Retrieval) else len(task.scores)
     resampling = Resampling(items, resamples, confidence, seed)
@@ -130,15 +146,17 @@ def _check_arguments(
             raise InputError(f"depth {depth} is not among the model's depths; the model {has}")
 
 
-def read_task(task: Task | str | Path, split: str = "test") -> Task:
+def read_task(task: Task | LabelledTask | str | Path, split: str = "test") -> Task | LabelledTask:
     """A task from its path: a folder in the BEIR layout, or a file of scored pairs; a task as it is."""
-    if isinstance(task, Retrieval | ScoredPairs):
+    if isinstance(task, Retrieval | ScoredPairs | LabelledTask):
         return task
     if not isinstance(task, str | Path):
         raise InputError(f"a task is a Retrieval or ScoredPairs set or a path, got {type(task).__name__}")
     path = Path(task)
     if not path.exists():
         raise InputError(f"no such task: {path}; give a folder in the BEIR layout or a file of scored pairs")
+    if path.is_dir() and is_labelled(path):
+        return read_labelled_task(path)
     return read_retrieval(path, split) if path.is_dir() else read_sts(path)
 
 

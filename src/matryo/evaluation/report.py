@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.files import write_text
+from matryo.core.labelled import LabelledTask
 from matryo.core.records import Retrieval
 from matryo.evaluation.rows import Interval, Row, Statistics
 from matryo.evaluation.scoring import Cell
@@ -49,7 +50,7 @@ class Report:
     def __init__(
         self,
         model: str,
-        task: Task,
+        task: Task | LabelledTask,
         rows: list[Row],
         cells: Sequence[Cell],
         found: Statistics,
@@ -73,6 +74,13 @@ class Report:
             }
             if blank := len(task.documents) - len(task.written):
                 self.counts["blank documents"] = blank
+        elif isinstance(task, LabelledTask):
+            self.kind, self.items = "labelled", [str(n) for n in range(len(task.test_labels))]
+            self.counts = {
+                "test items": len(task.test_labels),
+                "train items": len(task.train_labels),
+                "classes": len(task.classes),
+            }
         else:
             self.kind, self.items = "scored pairs", [str(n) for n in range(len(task.scores))]
             self.counts = {"pairs": len(task.scores)}

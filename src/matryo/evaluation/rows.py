@@ -96,14 +96,20 @@ def rows_of(cells: Sequence[Cell], found: Statistics, metrics: Sequence[str], ve
     rows: list[Row] = []
     for metric in metrics:
         for cell in cells:
+            if metric not in cell.values and metric != SPEARMAN:
+                continue  # a code has no linear probe, a projection no trained head
             value, low, high = found.interval(cell.label, metric)
             other = versus.get(cell.label)
-            gap = (None, None, None) if other is None else found.difference(cell.label, other, metric)
+            gap = (
+                (None, None, None)
+                if other is None or (other, metric) not in found.values
+                else found.difference(cell.label, other, metric)
+            )
             trained = None if cell.system.trained is None else cell.width in cell.system.trained
             rows.append(
                 Row(
                     cell.system.name, cell.width, cell.code, cell.bytes, trained, metric, value, low, high,
-                    *found.share(cell.label, whole, metric), other, *gap,
+                    *found.share(cell.label, whole, metric), other if gap[0] is not None else None, *gap,
                 )
             )  # fmt: skip
     return rows

@@ -49,7 +49,7 @@ def score(system: System, task: Task, codes: Sequence[str], metrics: Sequence[Me
         for width in system.widths:
             if code == "binary" and width % 8:
                 continue
-            first, second, size = _coded(system, width, code)
+            first, second, size = coded(system, width, code)
             if isinstance(task, Retrieval):
                 ranks = ranks_in_task(task, first, second, [width])[width]
                 values = {str(m): measure(m, ranks, task.judged) for m in metrics}
@@ -68,7 +68,7 @@ def _float_cells(system: System, task: Task, metrics: Sequence[Metric]) -> Itera
             yield Cell(system, width, "float32", 4 * width, {COSINE: cosines})
 
 
-def _coded(system: System, width: int, code: str) -> tuple[Float32s, Float32s, int]:
+def coded(system: System, width: int, code: str) -> tuple[Float32s, Float32s, int]:
     """Both columns as they are compared under a code, and the bytes one stored vector takes. Cut first, then fit."""
     first, second = truncate(system.first, width), truncate(system.second, width)
     fitted = codec(code, width).fit(second)

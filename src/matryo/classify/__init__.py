@@ -1,0 +1,5 @@
+"""Classification of vectors: linear heads on prefixes, and the cascade that reads no more dimensions than it needs."""
+
+from matryo.classify.heads import LinearHeads, fit_heads
+
+__all__ = ["LinearHeads", "fit_heads"]

@@ -1,0 +1,123 @@
+"""Linear heads on prefixes.
+
+Letters: N items, C classes, D full width, L widths, d a width.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryo.core.errors import InputError, MissingExtraError
+from matryo.core.gram import check_widths
+from matryo.core.labelled import check_labels
+from matryo.core.prefix import truncate
+from matryo.core.records import check_vectors
+
+Float32s = NDArray[np.float32]
+STRENGTH = 10.0
+"""Inverse weight of the squared length of the head (scikit-learn's C) on prefixes of unit length."""
+
+
+@dataclass(frozen=True)
+class LinearHeads:
+    """One linear classifier per width: logits_d = W_d x[:d] + b_d (arXiv 2205.13147, section 3).
+
+    With `normalize` each prefix is scaled to unit length first, as an index holds it.
+    """
+
+    widths: tuple[int, ...]
+    classes: tuple[str, ...]
+    weights: tuple[Float32s, ...]
+    """(C, d) for each width."""
+    biases: tuple[Float32s, ...]
+    """(C,) for each width."""
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_widths(self.widths, max(self.widths, default=1))
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise InputError(f"heads need at least two classes of different names, got {len(self.classes)}")
+        if not len(self.weights) == len(self.biases) == len(self.widths):
+            raise InputError(f"{len(self.widths)} widths but {len(self.weights)} weights and {len(self.biases)} biases")
+        count = len(self.classes)
+        for width, weight, bias in zip(self.widths, self.weights, self.biases, strict=True):
+            if weight.shape != (count, width) or bias.shape != (count,):
+                raise InputError(f"width {width}: expected a weight {(count, width)}, got {weight.shape}")
+            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                raise InputError(f"width {width}: the head holds NaN or Inf; train it again")
+
+    @property
+    def full(self) -> int:
+        """The widest width."""
+        return self.widths[-1]
+
+    @classmethod
+    def of(cls, head: Any, classes: Sequence[str]) -> "LinearHeads":
+        """The trained MRL or MRL-E heads that `matryo.training.load_head` gives, with their classes."""
+        parts = [head.parameters_at(width) for width in head.nesting.widths]
+        weights, biases = (
+            [np.array(t.detach().cpu().float().numpy()) for t in side] for side in zip(*parts, strict=True)
+        )
+        return cls(tuple(head.nesting.widths), tuple(classes), tuple(weights), tuple(biases), head.normalize)
+
+    def logits(self, vectors_ND: Float32s, level: int) -> Float32s:
+        """(N, C) logits of the head at `widths[level]`."""
+        width = self.widths[level]
+        prefix = truncate(vectors_ND, width) if self.normalize else vectors_ND[:, :width]
+        found: Float32s = prefix @ self.weights[level].T + self.biases[level]
+        return found
+
+
+def fit_heads(
+    vectors_ND: Float32s,
+    labels: Sequence[Any],
+    widths: Sequence[int],
+    strength: float = STRENGTH,
+    iterations: int = 200,
+) -> LinearHeads:
+    """Multinomial logistic regression on each renormalised prefix, by L-BFGS (scikit-learn).
+
+    Args:
+        vectors_ND: (N, D) training vectors.
+        labels: N classes, text or whole numbers; at least two different ones.
+        widths: rising, inside 1..D.
+        strength: inverse weight of the penalty on the head's squared length.
+        iterations: at most so many steps a width. A head that has not converged by then is kept: it is a classifier.
+
+    Raises:
+        InputError: what does not fit, in one line.
+        MissingExtraError: without scikit-learn.
+    """
+    vectors, names = check_vectors(np.asarray(vectors_ND)), check_labels(labels)
+    if len(vectors) != len(names):
+        raise InputError(f"{len(vectors)} vectors but {len(names)} labels; give one for each")
+    chosen = check_widths(widths, vectors.shape[1])
+    classes, targets = np.unique(names, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(f"all labels are {names[0]!r}; a classifier needs at least two classes")
+    if not strength > 0:
+        raise InputError(f"strength must be above 0, got {strength}")
+    fitted = [_logistic(truncate(vectors, width), targets, strength, iterations) for width in chosen]
+    weights, biases = zip(*fitted, strict=True)
+    return LinearHeads(tuple(chosen), tuple(str(c) for c in classes), weights, biases)
+
+
+def _logistic(
+    prefix_Nd: Float32s, targets_N: NDArray[np.int64], strength: float, iterations: int
+) -> tuple[Float32s, Float32s]:
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "eval", "fitting linear heads") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=strength, max_iter=iterations, tol=1e-3).fit(prefix_Nd, targets_N)
+    weight, bias = model.coef_.astype(np.float32), model.intercept_.astype(np.float32)
+    if len(weight) == 1:  # two classes: scikit-learn keeps the second's logit less the first's
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    return weight, bias
