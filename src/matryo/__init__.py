@@ -18,6 +18,7 @@ _HOME = {
     "plan": "matryo.planner",
     "Client": "matryo.clients",
     "AsyncClient": "matryo.clients",
+    "AdaptiveClassifier": "matryo.classify",
     "adapters": "matryo",
     "losses": "matryo",
 }

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import matryo as mt
+from matryo.classify import AdaptiveClassifier, fit_heads
+from matryo.classify.thresholds import frontier, levels_of, paid
+from matryo.core.errors import DamagedError, InputError
+
+WIDTHS = [2, 4, 16]
+
+
+def items(seed, count):
+    centres = np.random.default_rng(0).standard_normal((4, 16)) * np.geomspace(4, 1, 16)
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count)
+    return (centres[labels] + rng.standard_normal((count, 16))).astype(np.float32), labels
+
+
+TRAIN, CALIBRATION, TEST = items(1, 200), items(2, 400), items(3, 300)
+HEADS = fit_heads(*TRAIN, WIDTHS)
+threshold = st.floats(0, 1.5) | st.just(float("inf"))
+
+
+@given(st.lists(threshold, min_size=2, max_size=2), st.sampled_from(["softmax", "margin"]))
+@settings(max_examples=25, deadline=None)
+def test_a_batch_is_its_items_one_by_one_and_a_plain_loop(thresholds, confidence):
+    made = AdaptiveClassifier(HEADS, thresholds, confidence)
+    vectors = TEST[0][:20]
+    whole = made.predict(vectors)
+    for n in range(20):
+        alone = made.predict(vectors[n : n + 1])
+        assert (alone.labels[0], alone.widths[0], alone.read[0]) == (whole.labels[n], whole.widths[n], whole.read[n])
+        read = 0
+        for level, width in enumerate(WIDTHS):
+            if level < 2 and thresholds[level] == float("inf"):
+                continue
+            read += width
+            logits = HEADS.logits(vectors[n : n + 1], level)[0].astype(float)
+            shares = np.sort(np.exp(logits) / np.exp(logits).sum())
+            sure = shares[-1] - (shares[-2] if confidence == "margin" else 0)
+            if level == 2 or sure >= thresholds[level]:
+                break
+        assert (width, read) == (whole.widths[n], whole.read[n])
+
+
+def test_zero_stops_all_at_once_and_above_one_is_the_full_head():
+    first = AdaptiveClassifier(HEADS, [0, 0]).predict(TEST[0])
+    assert set(first.widths) == {2} == set(first.read)
+    full = [HEADS.classes[n] for n in HEADS.logits(TEST[0], 2).argmax(1)]
+    beyond = AdaptiveClassifier(HEADS, [1.01, 1.01]).predict(TEST[0])
+    assert beyond.labels == full
+    assert set(beyond.widths) == {16}
+    assert set(beyond.read) == {22}
+    skipped = AdaptiveClassifier(HEADS, [np.inf, np.inf]).predict(TEST[0])
+    assert skipped.labels == full
+    assert set(skipped.read) == {16}
+
+
+@given(st.lists(st.floats(0, 1.2), min_size=2, max_size=2), st.lists(st.floats(0, 0.5), min_size=2, max_size=2))
+@settings(max_examples=25, deadline=None)
+def test_higher_finite_thresholds_never_cost_less(low, more):
+    high = [a + b for a, b in zip(low, more, strict=True)]
+    assert (
+        AdaptiveClassifier(HEADS, low).predict(TEST[0]).read <= AdaptiveClassifier(HEADS, high).predict(TEST[0]).read
+    ).all()
+
+
+def test_the_frontier_holds_the_best_single_threshold():
+    rng = np.random.default_rng(5)
+    confidences = rng.random((40, 2))
+    right = np.stack([rng.random(40) < confidences[:, 0], np.ones(40, bool)], axis=1)
+    widths = np.array([1, 16])
+    found = frontier(confidences, right, widths)
+
+    def point(t):
+        levels = levels_of(confidences, t)
+        return paid(widths, t)[levels].mean(), right[np.arange(40), levels].mean()
+
+    tried = [point(np.array([t])) for t in [*confidences[:, 0], np.inf]]
+    for cost, accuracy in map(point, found):
+        assert not any(c <= cost and a > accuracy + 1e-12 for c, a in tried)
+
+
+def test_the_cascade_keeps_the_target_at_less_cost():
+    made = mt.AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.9)
+    seen = made.measure(*CALIBRATION)
+    assert seen.accuracy >= 0.9
+    assert seen.expected_width < 16
+    assert seen.last_width <= seen.expected_width
+    assert seen.multiply_adds == pytest.approx(4 * seen.expected_width)
+    new, predicted = made.measure(*TEST), made.predict(TEST[0])
+    assert new.accuracy == pytest.approx(np.mean(np.array(predicted.labels) == TEST[1].astype(str)))
+    assert new.expected_width == pytest.approx(predicted.read.mean())
+    assert len(made.curve(*TEST)) == len(made.ladder) > 3
+
+
+def test_a_promise_is_dearer_and_needs_evidence():
+    plain = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.85)
+    sure = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.85, promised=0.95)
+    assert sure.measure(*TEST).accuracy >= 0.85
+    assert plain.measure(*TEST).expected_width <= sure.measure(*TEST).expected_width
+    with pytest.raises(InputError, match=r"cannot be kept at confidence 0\.95"):
+        AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.9999, promised=0.95)
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path):
+    made = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, confidence="margin", target=0.9)
+    back = AdaptiveClassifier.load(made.save(tmp_path / "model"))
+    assert back.confidence == "margin"
+    assert back.heads.classes == made.heads.classes
+    assert back.thresholds.tobytes() == made.thresholds.tobytes()
+    assert [t.tobytes() for t in back.ladder] == [t.tobytes() for t in made.ladder]
+    for a, b in zip(back.heads.weights + back.heads.biases, made.heads.weights + made.heads.biases, strict=True):
+        assert a.tobytes() == b.tobytes()
+    (tmp_path / "model/classifier.safetensors").write_bytes(b"no")
+    with pytest.raises(DamagedError, match="cannot be read"):
+        AdaptiveClassifier.load(tmp_path / "model")
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no classifier"):
+        AdaptiveClassifier.load(tmp_path)
+    with pytest.raises(InputError, match="3 widths need 2 thresholds"):
+        AdaptiveClassifier(HEADS, [0.5])
+    with pytest.raises(InputError, match="unknown confidence"):
+        AdaptiveClassifier(HEADS, [0.5, 0.5], "hope")
+    with pytest.raises(InputError, match="the heads read 16"):
+        AdaptiveClassifier(HEADS, [0.5, 0.5]).predict(TEST[0][:, :8])
+    with pytest.raises(InputError, match="400 vectors but 399 labels"):
+        AdaptiveClassifier.fit(*TRAIN, (CALIBRATION[0], CALIBRATION[1][:-1]))
+
+
+def test_texts_go_through_a_model():
+    model = mt.load("toy")
+    texts, labels = ["a dog barks", "a cat purrs"] * 10, ["dog", "cat"] * 10
+    vectors = model.encode(texts)
+    made = AdaptiveClassifier.fit(vectors, labels, (vectors, labels), widths=[8, model.width], target=0.9)
+    assert made.predict_texts(model, texts[:2]).labels == ["dog", "cat"]
