@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 import matryo as mt
 from matryo.classify import AdaptiveClassifier, fit_heads
 from matryo.classify.thresholds import frontier, levels_of, paid
+from matryo.cli import run
 from matryo.core.errors import DamagedError, InputError
 
 WIDTHS = [2, 4, 16]
@@ -138,3 +141,17 @@ def test_texts_go_through_a_model():
     vectors = model.encode(texts)
     made = AdaptiveClassifier.fit(vectors, labels, (vectors, labels), widths=[8, model.width], target=0.9)
     assert made.predict_texts(model, texts[:2]).labels == ["dog", "cat"]
+
+
+def test_the_command_line_fits_and_predicts(tmp_path, capsys):
+    rows = [{"text": f"a {what} {n}", "label": what} for n in range(12) for what in ("dog", "cat")]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, val, out = (str(tmp_path / name) for name in ("train.jsonl", "val.jsonl", "out"))
+    assert run(["classify", "fit", "toy", train, val, "--out", out, "--target", "0.9"]) == 0
+    assert "dimensions read a text" in capsys.readouterr().out
+    assert run(["classify", "predict", "toy", out, val]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert np.mean([a["label"] == b["label"] for a, b in zip(found, rows, strict=True)]) >= 0.9
+    assert run(["classify", "predict", "toy", str(tmp_path), val]) == 2
+    assert "holds no classifier" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from matryo.cli import demo, doctor, export, index, measure, mine, plan, serve, train
+from matryo.cli import classify, demo, doctor, export, index, measure, mine, plan, serve, train
 from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 train.add(app)
 mine.add(app)
 measure.add(app)
+classify.add(app)
 plan.add(app)
 index.add(app)
 export.add(app)

@@ -1,0 +1,76 @@
+"""`matryo classify fit` and `matryo classify predict`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryo.cli.terminal import Json, say, say_json
+from matryo.cli.train import numbers
+
+app = typer.Typer(help="Label texts, each read only as wide as it needs.", no_args_is_help=True)
+
+
+def add(door: typer.Typer) -> None:
+    """Put the verbs on the app."""
+    door.add_typer(app, name="classify")
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Model folder, hub name or 'toy'.")],
+    train: Annotated[Path, typer.Argument(help="Table with columns text and label that heads are fitted on.")],
+    calibration: Annotated[Path, typer.Argument(help="Other rows that thresholds are learned on; never a test set.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the classifier to; the model's own will do.")],
+    widths: Annotated[str | None, typer.Option(help="Widths, such as 8,32,128; doubling from 8 if unset.")] = None,
+    target: Annotated[float | None, typer.Option(help="Accuracy to keep; the full head's if unset.")] = None,
+    promised: Annotated[float | None, typer.Option(help="Keep it on new items with this confidence.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a head per width, and thresholds at which a text needs no wider one.
+
+    Example: matryo classify fit runs/first train.jsonl.gz val.jsonl.gz --out runs/first --target 0.9
+    """
+    from matryo import load
+    from matryo.classify import AdaptiveClassifier
+    from matryo.core.records import read_labelled
+
+    encoder, rows, held = load(model), read_labelled(train), read_labelled(calibration)
+    seen = (encoder.encode(held.texts), held.labels)
+    made = AdaptiveClassifier.fit(
+        encoder.encode(rows.texts), rows.labels, seen, widths=numbers(widths), target=target, promised=promised
+    )
+    made.save(out)
+    found = made.measure(*seen)
+    if as_json:
+        # Skipped heads have an infinite threshold, which JSON does not know.
+        kept = [t if t != float("inf") else None for t in found.thresholds]
+        say_json({**asdict(found), "thresholds": kept})
+    else:
+        say(
+            f"wrote {out}: on the calibration rows accuracy {found.accuracy:.4f} at {found.expected_width:.1f} "
+            f"dimensions read a text (last prefix {found.last_width:.1f}) of {made.heads.full}"
+        )
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Model folder, hub name or 'toy'.")],
+    classifier: Annotated[Path, typer.Argument(help="Folder that fit wrote to.")],
+    texts: Annotated[Path, typer.Argument(help="Table with column text.")],
+) -> None:
+    """Print one JSON line per text: its label, the last width used and the dimensions read.
+
+    Example: matryo classify predict runs/first runs/first new.jsonl
+    """
+    import json
+
+    from matryo import load
+    from matryo.classify import AdaptiveClassifier
+    from matryo.core.records import read_texts
+
+    made = AdaptiveClassifier.load(classifier)
+    found = made.predict_texts(load(model), read_texts(texts))
+    for label, width, read in zip(found.labels, found.widths.tolist(), found.read.tolist(), strict=True):
+        say(json.dumps({"label": label, "width": width, "read": read}, ensure_ascii=False))
