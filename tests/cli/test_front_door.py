@@ -7,6 +7,7 @@ import pytest
 import matryo
 
 PUBLIC = {
+    "AdaptiveClassifier",
     "AsyncClient",
     "Client",
     "Index",
