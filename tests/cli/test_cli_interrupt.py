@@ -1,10 +1,8 @@
 """Ctrl-C while documents are being indexed."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -25,6 +23,26 @@ def corpus(tmp_path_factory):
     return path
 
 
+INTERRUPTED = """
+import os, signal, sys, threading
+from matryo.cli import main
+from matryo.index.writer import Writer
+
+whole, batches = Writer.upsert, []
+
+def upsert(*given):
+    batches.append(given)
+    if len(batches) == 3:
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return whole(*given)
+
+Writer.upsert = upsert
+main()
+"""
+"""The command line, which gets a Ctrl-C some milliseconds after its third batch has begun. It comes from inside: on a
+busy machine whoever watches from outside may see nothing before the work is done."""
+
+
 def held(folder):
     """How many documents a reader sees now; 0 where the index is not there yet."""
     try:
@@ -38,24 +56,13 @@ def test_ctrl_c_keeps_whole_batches_and_the_rest_can_follow(corpus, tmp_path, ca
     index = tmp_path / "docs.matryo"
     line = ["index", "build", str(corpus), "--model", "toy", "--out", str(index)]
     child = subprocess.Popen(
-        [sys.executable, "-m", "matryo", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    seen = 0
-    while child.poll() is None:
-        time.sleep(0.01)
-        # It stands still while it is looked at: on a busy machine a look may take longer than the whole work.
-        child.send_signal(signal.SIGSTOP)
-        seen = held(index)
-        if seen >= 2 * BATCH:
-            break
-        child.send_signal(signal.SIGCONT)
-    child.send_signal(signal.SIGINT)
-    child.send_signal(signal.SIGCONT)
     said, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert said == ""
     kept = held(index)
-    assert seen <= kept < DOCUMENTS
+    assert 2 * BATCH <= kept < DOCUMENTS
     assert kept % BATCH == 0
     assert err == (
         f"matryo: interrupted; {index} holds {kept} documents, in whole batches; the rest can follow by "
