@@ -1,6 +1,6 @@
 """The cascade on CLINC150: heads from train, thresholds from val, figures from test.
 
-    python experiments/cascade/clinc.py DATA --model MODEL --out rows.jsonl
+    python experiments/cascade/clinc.py DATA --model MODEL --name all-MiniLM-L6-v2
 
 DATA holds clinc150_{train,val,test}.jsonl.gz (text, label). One row for the full head, and one per target, given as
 what may be lost of the full head's accuracy on val.
@@ -21,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", help="of the model in the rows; its folder's if unset")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "clinc150.jsonl")
     given = parser.parse_args()
     model = mt.load(given.model)
     splits = {name: read_labelled(given.data / f"clinc150_{name}.jsonl.gz") for name in ("train", "val", "test")}
@@ -32,7 +33,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     train, val, test = ((vectors[name], splits[name].labels) for name in ("train", "val", "test"))
     full = mt.AdaptiveClassifier(heads, [float("inf")] * (len(widths) - 1))
-    base = {"model": Path(given.model).name, "widths": widths, "fit_seconds": round(seconds, 1)}
+    base = {"model": given.name or Path(given.model).name, "widths": widths, "fit_seconds": round(seconds, 1)}
     rows = [{**base, "lost": None, **asdict(full.measure(*test))}]
     for lost in (0.0, 0.002, 0.01, 0.03):
         target = full.measure(*val).accuracy - lost

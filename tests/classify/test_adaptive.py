@@ -108,6 +108,16 @@ def test_a_promise_is_dearer_and_needs_evidence():
         AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.9999, promised=0.95)
 
 
+def test_a_promise_does_not_depend_on_rows_sorted_by_class():
+    vectors, labels = CALIBRATION
+    order = np.argsort(labels, kind="stable")
+    sure = AdaptiveClassifier.fit(*TRAIN, (vectors[order], labels[order]), widths=WIDTHS, target=0.85, promised=0.95)
+    tested = np.random.default_rng(0).permutation(len(order))[len(order) // 2 :]
+    assert set(labels[order][tested]) == {0, 1, 2, 3}
+    assert set(labels[order][len(order) // 2 :]) != {0, 1, 2, 3}, "as they lie, the second half lacks a class"
+    assert sure.measure(*TEST).accuracy >= 0.85
+
+
 def test_saved_and_loaded_bit_for_bit(tmp_path):
     made = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, confidence="margin", target=0.9)
     back = AdaptiveClassifier.load(made.save(tmp_path / "model"))

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from matryo.classify.heads import LinearHeads, fit_heads
 from matryo.classify.thresholds import NEVER, frontier, levels_of, paid
 from matryo.core.errors import DamagedError, FormatError, InputError
-from matryo.core.files import write_atomically, write_text
+from matryo.core.files import write_atomically
 from matryo.core.gram import check_widths
 from matryo.core.labelled import check_labels
 from matryo.core.promise import p_value
@@ -26,7 +26,9 @@ from matryo.core.records import check_vectors
 Float32s = NDArray[np.float32]
 Float64s = NDArray[np.float64]
 FORMAT = 1
-TENSORS, CARD = "classifier.safetensors", "classifier.json"
+FILE = "classifier.safetensors"
+"""Tensors, and all else as JSON in its metadata: one file, so that it is there whole or not at all."""
+SEED = 0
 CONFIDENCES = ("softmax", "margin")
 
 
@@ -111,8 +113,8 @@ class AdaptiveClassifier:
             widths: rising, ending at most at D; powers of two from 8 on and D by default.
             heads: trained heads to use instead.
             target: accuracy to keep; by default that of the full head on the calibration split.
-            promised: with this confidence (say 0.95) the expected accuracy on new items is at least `target`. The first
-                half of the calibration split then makes the ladder, the second tests it from its dearest rung down
+            promised: with this confidence (say 0.95) the expected accuracy on new items is at least `target`. A random
+                half of the calibration split then makes the ladder, the other tests it from its dearest rung down
                 until one fails (fixed-sequence testing; Angelopoulos et al., Learn then test, arXiv 2110.01052).
 
         Raises:
@@ -134,8 +136,10 @@ class AdaptiveClassifier:
         return made
 
     def _calibrate(self, vectors: Float32s, names: list[str], target: float | None, promised: float | None) -> None:
-        confidences, guesses = self._all(vectors)
-        right = np.array(self.heads.classes)[guesses] == np.array(names)[:, None]
+        confidences, right = self._judged(vectors, names)
+        if promised is not None:  # the halves have to be alike, and files are often sorted by class
+            order = np.random.default_rng(SEED).permutation(len(right))
+            confidences, right = confidences[order], right[order]
         half = len(right) if promised is None else len(right) // 2
         if half < 2:
             raise InputError(f"{len(right)} calibration items are too few; give some hundreds")
@@ -184,8 +188,7 @@ class AdaptiveClassifier:
         vectors, names = self._vectors(vectors_ND), check_labels(labels)
         if len(vectors) != len(names):
             raise InputError(f"{len(vectors)} vectors but {len(names)} labels; give one for each")
-        confidences, guesses = self._all(vectors)
-        right = np.array(self.heads.classes)[guesses] == np.array(names)[:, None]
+        confidences, right = self._judged(vectors, names)
         return [self._point(confidences, right, thresholds) for thresholds in self.ladder or [self.thresholds]]
 
     def measure(self, vectors_ND: Float32s, labels: Sequence[Any]) -> Tradeoff:
@@ -193,7 +196,7 @@ class AdaptiveClassifier:
         return AdaptiveClassifier(self.heads, self.thresholds, self.confidence).curve(vectors_ND, labels)[0]
 
     def save(self, folder: str | Path) -> Path:
-        """Write `classifier.safetensors` and `classifier.json` into a folder, a model's for example."""
+        """Write `classifier.safetensors` into a folder, a model's for example."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, NDArray[Any]] = {"thresholds": self.thresholds}
@@ -208,20 +211,22 @@ class AdaptiveClassifier:
             "normalize": self.heads.normalize,
             "confidence": self.confidence,
         }
-        write_atomically(folder / TENSORS, lambda path: save_file(tensors, path))
-        write_text(folder / CARD, json.dumps(card, ensure_ascii=False, indent=1) + "\n")
+        said = {"matryo": json.dumps(card, ensure_ascii=False)}
+        write_atomically(folder / FILE, lambda path: save_file(tensors, path, said))
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> "AdaptiveClassifier":
         """The classifier that `save` wrote, bit for bit."""
-        folder = Path(folder)
-        if not (folder / CARD).is_file():
+        path = Path(folder) / FILE
+        if not path.is_file():
             raise InputError(f"{folder} holds no classifier; AdaptiveClassifier.fit makes one and save writes it")
         try:
-            card, tensors = json.loads((folder / CARD).read_text()), load_file(folder / TENSORS)
+            with safe_open(path, "np") as file:
+                card = json.loads(file.metadata()["matryo"])
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
             if card["format"] != FORMAT:
-                raise FormatError(f"{folder / CARD} has format {card['format']}; this release reads {FORMAT}")
+                raise FormatError(f"{path} has format {card['format']}; this release reads {FORMAT}")
             heads = LinearHeads(
                 tuple(card["widths"]),
                 tuple(card["classes"]),
@@ -231,7 +236,7 @@ class AdaptiveClassifier:
             )
             return cls(heads, tensors["thresholds"], card["confidence"], list(tensors.get("ladder", ())))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{folder / TENSORS} cannot be read ({error}); fit the classifier again") from error
+            raise DamagedError(f"{path} cannot be read ({error}); fit the classifier again") from error
 
     def _vectors(self, vectors_ND: Float32s) -> Float32s:
         vectors = check_vectors(np.asarray(vectors_ND))
@@ -239,10 +244,12 @@ class AdaptiveClassifier:
             raise InputError(f"vectors have {vectors.shape[1]} dimensions; the heads read {self.heads.full}")
         return vectors
 
-    def _all(self, vectors: Float32s) -> tuple[Float64s, NDArray[np.int64]]:
-        """(N, L) confidences and guesses of every head."""
+    def _judged(self, vectors: Float32s, names: list[str]) -> tuple[Float64s, NDArray[np.bool_]]:
+        """(N, L) confidences of every head, and whether each is right."""
         found = [self._at(vectors, level) for level in range(len(self.heads.widths))]
-        return np.stack([sure for sure, _ in found], axis=1), np.stack([best for _, best in found], axis=1)
+        guesses = np.stack([best for _, best in found], axis=1)
+        right: NDArray[np.bool_] = np.array(self.heads.classes)[guesses] == np.array(names)[:, None]
+        return np.stack([sure for sure, _ in found], axis=1), right
 
     def _at(self, vectors: Float32s, level: int) -> tuple[Float64s, NDArray[np.int64]]:
         logits = self.heads.logits(vectors, level).astype(np.float64)

@@ -3,6 +3,7 @@
 Letters: N items, C classes, D full width, L widths, d a width.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,13 @@ from matryo.core.prefix import truncate
 from matryo.core.records import check_vectors
 
 Float32s = NDArray[np.float32]
+TOLERANCE = 1e-6
+"""Of the largest partial derivative. Stopping earlier costs wide prefixes more than narrow ones."""
 STRENGTH = 10.0
 """Inverse weight of the squared length of the head (scikit-learn's C) on prefixes of unit length."""
+
+
+log = logging.getLogger("matryo.classify")
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def fit_heads(
     labels: Sequence[Any],
     widths: Sequence[int],
     strength: float = STRENGTH,
-    iterations: int = 200,
+    iterations: int = 1000,
 ) -> LinearHeads:
     """Multinomial logistic regression on each renormalised prefix, by L-BFGS (scikit-learn).
 
@@ -86,7 +92,8 @@ def fit_heads(
         labels: N classes, text or whole numbers; at least two different ones.
         widths: rising, inside 1..D.
         strength: inverse weight of the penalty on the head's squared length.
-        iterations: at most so many steps a width. A head that has not converged by then is kept: it is a classifier.
+        iterations: at most so many steps a width. A head that has not converged by then is kept, with a warning in the
+            log: it is a classifier, but no longer the one that another run or library would give.
 
     Raises:
         InputError: what does not fit, in one line.
@@ -116,7 +123,9 @@ def _logistic(
         raise MissingExtraError("scikit-learn", "eval", "fitting linear heads") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=strength, max_iter=iterations, tol=1e-3).fit(prefix_Nd, targets_N)
+        model = LogisticRegression(C=strength, max_iter=iterations, tol=TOLERANCE).fit(prefix_Nd, targets_N)
+    if model.n_iter_.max() >= iterations:
+        log.warning("the head of width %d has not converged in %d steps", prefix_Nd.shape[1], iterations)
     weight, bias = model.coef_.astype(np.float32), model.intercept_.astype(np.float32)
     if len(weight) == 1:  # two classes: scikit-learn keeps the second's logit less the first's
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])

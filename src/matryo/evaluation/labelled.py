@@ -87,7 +87,7 @@ def evaluate_labelled(
     if heads is not None and heads.full > full:
         raise InputError(f"the heads read {heads.full} dimensions but the vectors have {full}")
 
-    scorer = _Scorer(task, probe, seed)
+    scorer = _Scorer(task, probe)
     cells = [cell for code in dict.fromkeys(["float32", *codes]) for cell in scorer.cells(model, code, heads)]
     for system in others:
         cells += scorer.cells(system, "float32", None)
@@ -107,7 +107,8 @@ def embed_labelled(source: Source, task: LabelledTask) -> tuple[Float32s, Float3
     if hasattr(source, "encode"):
         if not len(task.train) or not len(task.test):
             raise InputError(f"{task.name}: has labels but no items to encode; give items or ready vectors")
-        parts = [np.asarray(source.encode(list(items))) for items in (task.train, task.test)]
+        columns = [x if isinstance(x, np.ndarray) else list(x) for x in (task.train, task.test)]
+        parts = [np.asarray(source.encode(items)) for items in columns]
     elif isinstance(source, tuple) and len(source) == 2:
         parts = [np.asarray(part) for part in source]
     else:
@@ -122,8 +123,8 @@ def embed_labelled(source: Source, task: LabelledTask) -> tuple[Float32s, Float3
 class _Scorer:
     """Raw values per test item of every metric, for one task."""
 
-    def __init__(self, task: LabelledTask, probe: bool, seed: int) -> None:
-        self.task, self.probe, self.seed = task, probe, seed
+    def __init__(self, task: LabelledTask, probe: bool) -> None:
+        self.task, self.probe = task, probe
         self.train_N, self.test_Q = task.targets
         self.relevant_Q = np.bincount(self.train_N, minlength=len(task.classes))[self.test_Q]
         wide = sorted(set(task.coarse.values()))
