@@ -11,7 +11,7 @@ import typer
 from matryo.cli.documents import Documents, ready_vectors
 from matryo.cli.plan import calibrate, plan_text
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say, say_json
-from matryo.core.errors import InputError
+from matryo.core.errors import InputError, NoIndexError
 
 if TYPE_CHECKING:
     from matryo.encoders import Model
@@ -220,10 +220,8 @@ def _there(out: str, resume: bool) -> bool:
         return there
     try:
         Index.open(out, read_only=True).close()
-    except InputError as error:
-        if "holds no index" in str(error):
-            return False
-        raise
+    except NoIndexError:
+        return False
     if not resume:
         raise InputError(f"{out} already holds an index; open it with Index.open, or choose another name")
     return True

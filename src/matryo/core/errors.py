@@ -9,6 +9,10 @@ class InputError(MatryoError, ValueError):
     """An argument, a file's content or a vector that Matryo refuses."""
 
 
+class NoIndexError(InputError):
+    """There is no index at this place."""
+
+
 class FormatError(MatryoError):
     """A folder or file of ours, written in a format version this release does not read."""
 

@@ -128,7 +128,7 @@ class EngineIndex(Index):
         self.address, self._note, self._read_only = address, note, read_only
         self._closed = False
 
-    # What an engine says in its own words. Inputs are checked; transient errors may be raised as `Passing`.
+    # What an engine says in its own words. Inputs are checked; transient errors may be raised as `TransientError`.
 
     @classmethod
     @abstractmethod
@@ -394,7 +394,7 @@ class EngineIndex(Index):
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return call()
-            except Passing as error:
+            except TransientError as error:
                 if attempt == ATTEMPTS:
                     raise UnavailableError(
                         f"{self.address} did not answer in {ATTEMPTS} attempts ({self.address.clean(error)}); see that "
@@ -414,5 +414,8 @@ class EngineIndex(Index):
             raise InputError("this index was opened read_only; open it without to write")
 
 
-class Passing(Exception):  # noqa: N818 - a state of the engine, turned into an error when it lasts
-    """An engine's failure that may be over in a moment: a lost connection, a restart, a conflict of two writers."""
+class TransientError(Exception):
+    """A failure that may be over in a moment: a lost connection, a restart, a conflict of two writers.
+
+    It becomes an UnavailableError if it lasts.
+    """

@@ -14,10 +14,17 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from matryo.core.errors import AccessError, FormatError, InputError, MissingExtraError, StorageError
+from matryo.core.errors import (
+    AccessError,
+    FormatError,
+    InputError,
+    MissingExtraError,
+    NoIndexError,
+    StorageError,
+)
 from matryo.core.plan import Plan, Stage
 from matryo.engines.address import Address, read_address
-from matryo.engines.base import Asked, Can, EngineIndex, Found, Note, Passing
+from matryo.engines.base import Asked, Can, EngineIndex, Found, Note, TransientError
 from matryo.index.funnel import Float32s, StageReport
 from matryo.index.report import CheckReport
 
@@ -145,7 +152,7 @@ class PostgresIndex(EngineIndex):
                 query = sql.SQL("SELECT note FROM {} WHERE name = %s").format(NOTES)
                 found = connection.execute(query, [self.address.name]).fetchone()
         if found is None:
-            raise InputError(f"{self.address} holds no index; make one with Index.create(url, width=...)")
+            raise NoIndexError(f"{self.address} holds no index; make one with Index.create(url, width=...)")
         return Note.read(found[0], self.address)
 
     def _write_note(self, note: Note) -> None:
@@ -415,7 +422,7 @@ class PostgresIndex(EngineIndex):
             case errors.QueryCanceled():
                 raise StorageError(f"{self.address}: {said}; raise statement_timeout in the URL") from error
             case psycopg.OperationalError() | psycopg.InterfaceError() | errors.UniqueViolation():
-                raise Passing(said) from error
+                raise TransientError(said) from error
         raise error
 
 
@@ -424,7 +431,7 @@ def _address(path: str | Path) -> Address:
 
 
 def _connect(address: Address) -> "psycopg.Connection[Any]":
-    """A connection, or the reason why not: Passing where another try may help."""
+    """A connection, or the reason why not: TransientError where another try may help."""
     options = dict(address.options)
     host = options.pop("host", None) or ",".join(name for name, _ in address.hosts)
     given: dict[str, Any] = {"connect_timeout": options.pop("connect_timeout", "10"), "application_name": "matryo"}
@@ -450,7 +457,7 @@ def _connect(address: Address) -> "psycopg.Connection[Any]":
             ) from error
         if "database " in said and "does not exist" in said:
             raise InputError(f"{address}: {said}; create it, or name another in the URL") from error
-        raise Passing(said) from error
+        raise TransientError(said) from error
 
 
 def _vector_extension(connection: "psycopg.Connection[Any]", address: Address) -> None:

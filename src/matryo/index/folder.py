@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from matryo.core.errors import DamagedError, InputError, StorageError
+from matryo.core.errors import DamagedError, InputError, NoIndexError, StorageError
 from matryo.core.files import fsync_folder, storage_errors
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import check_width
@@ -106,7 +106,7 @@ class FolderIndex(Index):
         folder = folder_of(path)
         if not (folder / cat.NAME).is_file():
             what = "is damaged: its catalogue is gone" if any(folder.glob("vectors-*")) else "holds no index"
-            raise (DamagedError if "damaged" in what else InputError)(
+            raise (DamagedError if "damaged" in what else NoIndexError)(
                 f"{folder} {what}; make one with Index.create({str(folder)!r}, width=...)"
             )
         lock = None if read_only else Lock(folder)
