@@ -19,7 +19,7 @@ from matryo.encoders.images import Pictures
 from matryo.encoders.images.augment import crop_and_flip
 from matryo.encoders.images.network import NetworkConfig
 from matryo.losses import nested_cross_entropy
-from matryo.training.images import ImageConfig, _Run
+from matryo.training.images import ImageConfig, Run
 
 PARTS = ("augment", "forward", "loss", "backward", "optimiser")
 BACKBONE = {
@@ -31,7 +31,7 @@ BACKBONE = {
 }
 
 
-def timed(run: _Run, rng: np.random.Generator, rows: np.ndarray) -> list[float]:
+def timed(run: Run, rng: np.random.Generator, rows: np.ndarray) -> list[float]:
     """Seconds of each part of one step."""
     marks = [time.perf_counter()]
     pixels = torch.from_numpy(crop_and_flip(run.pictures.pixels[rows], rng))
@@ -66,7 +66,7 @@ def main() -> None:
         for tied in (False, True):
             with tempfile.TemporaryDirectory() as place:
                 network = NetworkConfig(BACKBONE, width=1024, stem="half")
-                run = _Run(ImageConfig(Path(place), network, widths=widths, tied=tied, precision=precision), pictures)
+                run = Run(ImageConfig(Path(place), network, widths=widths, tied=tied, precision=precision), pictures)
             times = np.array([timed(run, rng, rng.integers(0, 20000, 128)) for _ in range(options.steps)])[5:]
             parts = np.median(times, axis=0)
             row = {"precision": precision, "heads": "MRL-E" if tied else "MRL", "threads": options.threads}

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from matryo.core.prefix import truncate
+from matryo.classify import LinearHeads
+from matryo.core.labelled import LabelledTask
 from matryo.encoders.images import Pictures, read_pictures
 from matryo.encoders.images.network import NetworkConfig
+from matryo.evaluation.labelled import evaluate_labelled
 from matryo.training import load_head
 from matryo.training.images import Epoch, ImageConfig, train_images
 
@@ -52,36 +54,22 @@ def config_of(kind: str, seed: int, epochs: int, scratch: Path) -> ImageConfig:
     )
 
 
-def neighbours(
-    train_ND: np.ndarray, labels_N: np.ndarray, val_QD: np.ndarray, want_Q: np.ndarray
-) -> tuple[float, float]:
-    """1-NN accuracy and mAP@10 by cosine, of the val pictures among the training pictures; AP is divided by 10."""
-    hits = []
-    for start in range(0, len(val_QD), 1000):
-        scores = torch.from_numpy(val_QD[start : start + 1000] @ train_ND.T)
-        hits.append(labels_N[scores.topk(10).indices.numpy()] == want_Q[start : start + 1000, None])
-    hits_QK = np.concatenate(hits)
-    precision_QK = hits_QK.cumsum(1) / np.arange(1, 11)
-    return float(hits_QK[:, 0].mean()), float((precision_QK * hits_QK).sum(1).mean() / 10)
+def task_of(train: Pictures, val: Pictures) -> LabelledTask:
+    return LabelledTask("tiny ImageNet", *([p.classes[n] for n in p.labels] for p in (train, val)))
 
 
 def measure(config: ImageConfig, train: Pictures, val: Pictures, scratch: Path) -> dict[str, object]:
     model = train_images(config, train, resume=True)
-    head, _ = load_head(config.out)
     vectors = {}
     for name, part in (("train", train), ("val", val)):
         vectors[name] = model.encoder.vectors(part.pixels, 500, False)
         np.save(scratch / f"{config.out.name}-{name}.npy", vectors[name].astype(np.float16))
-    head_top1, nearest, precision = {}, {}, {}
-    with torch.inference_mode():
-        for width in config.widths or ():
-            said = head(torch.from_numpy(vectors["val"]), width=width).argmax(1).numpy()
-            head_top1[width] = float((said == val.labels).mean())
-            found = neighbours(
-                truncate(vectors["train"], width), train.labels, truncate(vectors["val"], width), val.labels
-            )
-            nearest[width], precision[width] = found
-    return {"head_top1": head_top1, "1nn": nearest, "map@10": precision}
+    found = evaluate_labelled(
+        (vectors["train"], vectors["val"]), task_of(train, val), config.widths, baselines=(), probe=False,
+        heads=LinearHeads.of(*load_head(config.out)),
+    )  # fmt: skip
+    metrics = ("head top-1", "1-NN", "mAP@10")
+    return {metric: {row.width: row.value for row in found.select(metric)} for metric in metrics}
 
 
 def main() -> None:

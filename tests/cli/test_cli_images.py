@@ -2,11 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from matryo import load  # noqa: E402
-from matryo.cli import run  # noqa: E402
+from matryo import load
+from matryo.cli import run
 
 
 @pytest.fixture

@@ -3,21 +3,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-torch = pytest.importorskip("torch")
-Image = pytest.importorskip("PIL.Image")
-
-from matryo import load  # noqa: E402
-from matryo.core.errors import DamagedError, InputError  # noqa: E402
-from matryo.core.prefix import Nesting, truncate  # noqa: E402
-from matryo.encoders import Card, Model  # noqa: E402
-from matryo.encoders.folder import write_card  # noqa: E402
-from matryo.encoders.images import decode, read_pictures  # noqa: E402
-from matryo.encoders.images.augment import crop_and_flip  # noqa: E402
-from matryo.encoders.images.encoder import ImageEncoder  # noqa: E402
-from matryo.encoders.images.network import Network, NetworkConfig, pretrained  # noqa: E402
+from matryo import load
+from matryo.core.errors import DamagedError, InputError
+from matryo.core.prefix import Nesting, truncate
+from matryo.encoders import Card, Model
+from matryo.encoders.folder import write_card
+from matryo.encoders.images import decode, read_pictures
+from matryo.encoders.images.augment import crop_and_flip
+from matryo.encoders.images.encoder import ImageEncoder
+from matryo.encoders.images.network import Network, NetworkConfig, pretrained
 
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
@@ -102,8 +101,8 @@ def test_a_cut_off_file_is_refused(pixels):
 
 
 def test_folders_rows_lines_and_tables_agree(tmp_path, folder):
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    from pyarrow import parquet
 
     wanted = read_pictures(folder, 8)
     assert wanted.classes == ("ant", "cat")

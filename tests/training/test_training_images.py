@@ -3,16 +3,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("PIL.Image")
-
-from matryo import load  # noqa: E402
-from matryo.core.errors import DamagedError, InputError  # noqa: E402
-from matryo.encoders.images import Pictures  # noqa: E402
-from matryo.encoders.images.network import NetworkConfig  # noqa: E402
-from matryo.training import load_head  # noqa: E402
-from matryo.training.images import STATE, ImageConfig, by_class, train_images  # noqa: E402
+from matryo import load
+from matryo.core.errors import DamagedError, InputError
+from matryo.encoders.images import Pictures
+from matryo.encoders.images.network import NetworkConfig
+from matryo.training import load_head
+from matryo.training.images import STATE, ImageConfig, by_class, train_images
 
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",

@@ -3,13 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("PIL.Image")
-
-from matryo.core.errors import InputError  # noqa: E402
-from matryo.encoders.images import Pictures  # noqa: E402
-from matryo.encoders.images.network import NetworkConfig  # noqa: E402
-from matryo.training.towers import TowerConfig, load_towers, train_towers  # noqa: E402
+from matryo.core.errors import InputError
+from matryo.encoders.images import Pictures
+from matryo.encoders.images.network import NetworkConfig
+from matryo.training.towers import TowerConfig, load_towers, train_towers
 
 COLOURS = ("red", "green", "blue")
 RESNET = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matryo.cli.pictures import task_of
 from matryo.cli.terminal import InterruptedByUserError, Json, bar, note, say
 from matryo.cli.train import numbers
 from matryo.core.errors import InputError
@@ -28,9 +29,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, hub name or 'toy'.")],
     task: Annotated[
         Path,
-        typer.Argument(help="Retrieval folder (BEIR layout), STS file, or folder of labelled train and test files."),
+        typer.Argument(help="Retrieval folder (BEIR layout), STS file, or folder of labelled texts or pictures."),
     ],
-    split: Annotated[str, typer.Option(help="Judgements of a retrieval folder.")] = "test",
+    split: Annotated[str, typer.Option(help="Judgements of a retrieval folder, or pictures to measure on.")] = "test",
     widths: Annotated[str | None, typer.Option(help="Widths, trained or not, such as 32,64,200.")] = None,
     codes: Annotated[str, typer.Option(help="Codes, such as float32,int8,binary.")] = "float32,int8,binary",
     baselines: Annotated[
@@ -54,8 +55,9 @@ def evaluate(
         typer.Option(help="Folder for models trained here, used again next time; MODEL-alone if unset."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="nDCG@k, recall@k, MRR@k or mAP@k; of labels top-1, 1-NN or another in the report.")
-    ] = "nDCG@10",
+        str | None,
+        typer.Option(help="nDCG@k (10 if unset), recall@k, MRR@k or mAP@k; of labels top-1 (if unset), 1-NN, ..."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the page with charts here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here as well.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 1000,
@@ -79,7 +81,9 @@ def evaluate(
             raise InputError(f"{path}: its folder is not there; make it first")
     if report is not None:
         check_kind(report)
-    loaded, measured = load(model), read_task(task, split)
+    loaded = load(model)
+    image = getattr(loaded.encoder, "modality", "text") == "image"
+    measured = task_of(task, split, loaded.encoder.network.config.size) if image else read_task(task, split)
     twins, alone = _others(loaded, twin, separate or [], separate_out)
     result = run(
         loaded,

@@ -1,4 +1,4 @@
-"""`matryo train --task` on pictures."""
+"""`matryo train --task` and `matryo eval` on pictures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,11 +7,12 @@ from matryo.cli.terminal import InterruptedByUserError, bar, note, say, say_json
 from matryo.core.errors import InputError
 
 if TYPE_CHECKING:
+    from matryo.core.labelled import LabelledTask
     from matryo.encoders import Model
     from matryo.encoders.images import Pictures
     from matryo.training.images import Epoch, ImageConfig
 
-TAKEN = ("out", "base", "widths", "dim", "loss", "loss_args", "epochs", "batch_size", "learning_rate", "seed")
+TAKEN = ("out", "base", "widths", "dim", "loss", "loss_arg", "epochs", "batch_size", "learning_rate", "seed")
 BACKBONES: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 2, 1], "patch_size": 2},
@@ -37,6 +38,33 @@ def holds_pictures(path: Path) -> bool:
     return False
 
 
+def task_of(folder: Path, split: str, size: int) -> "LabelledTask":
+    """The labelled task of a folder with pictures to learn from (`train`) and others to be measured on (`split`).
+
+    Raises:
+        InputError: one of the two is missing, or whatever `read_pictures` refuses.
+    """
+    from matryo.core.labelled import LabelledTask
+    from matryo.encoders.images import read_pictures
+
+    read: list[Pictures] = []
+    labels: list[list[str]] = []
+    for name in ("train", split):
+        places = [folder / name, folder / f"{name}.parquet", folder / f"{name}.jsonl"]
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            raise InputError(
+                f"{folder}: no pictures of the split {name}; put them into {places[0]}/CLASS/ or {places[1]}, or name "
+                "the split to measure on with --split"
+            )
+        pictures = read_pictures(found, size, classes=read[0].classes if read else None)
+        if pictures.labels is None:
+            raise InputError(f"{found}: the pictures have no labels; put them into class folders, or give 'label'")
+        read.append(pictures)
+        labels.append([pictures.classes[n] for n in pictures.labels])
+    return LabelledTask(folder.resolve().name, labels[0], labels[1], read[0].pixels, read[1].pixels)
+
+
 def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool, as_json: bool) -> None:
     """Train on the pictures of `given["pairs"]` and say where the model lies.
 
@@ -46,7 +74,7 @@ def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool,
     from matryo.encoders.images import read_pictures
 
     source = given.pop("pairs")
-    unknown = sorted(given.keys() - {*TAKEN} - {"loss_arg"})
+    unknown = sorted(given.keys() - {*TAKEN})
     if unknown:
         names = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise InputError(
@@ -73,7 +101,8 @@ def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool,
 
 def _config(given: dict[str, Any], loss: str, picture: dict[str, Any]) -> "ImageConfig":
     from matryo.cli.train import loss_arguments, numbers
-    from matryo.encoders.images.encoder import IMAGE, ImageEncoder
+    from matryo.encoders.folder import IMAGE
+    from matryo.encoders.images.encoder import ImageEncoder
     from matryo.encoders.images.network import NetworkConfig, pretrained
     from matryo.training.images import ImageConfig
 

@@ -26,8 +26,8 @@ class LabelledTask:
     name: str
     train_labels: Sequence[str]
     test_labels: Sequence[str]
-    train: Sequence[Any] = ()
-    test: Sequence[Any] = ()
+    train: Sequence[Any] | NDArray[Any] = ()
+    test: Sequence[Any] | NDArray[Any] = ()
     coarse: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -29,13 +29,13 @@ def load(name: str | Path, device: str | None = None) -> Model:
         return Model(ToyEncoder(), Card("toy", Nesting.doubling(8, 64)))
     folder = Path(name)
     if folder.is_dir():
-        from matryo.encoders.folder import module_folder, module_types, read_card
+        from matryo.encoders.folder import IMAGE, module_folder, module_types, read_card
 
         if (folder / "onnx.json").is_file():
             from matryo.encoders.onnx import OnnxEncoder
 
             return model_of(OnnxEncoder.load(folder), read_card(folder), folder)
-        if (folder / "image.json").is_file():
+        if (folder / IMAGE).is_file():
             from matryo.encoders.images.encoder import ImageEncoder
 
             return model_of(ImageEncoder.load(folder, device), read_card(folder), folder)

@@ -21,7 +21,7 @@ from matryo.core.prefix import Nesting
 from matryo.encoders.model import Card
 
 FORMAT = 1
-CARD, SCALES = "matryo.json", "matryo.safetensors"
+CARD, SCALES, IMAGE = "matryo.json", "matryo.safetensors", "image.json"
 STEPS = ["encode at full width", "truncate", "normalize"]
 """The order that gives a prefix. A model that needs a full-width transform first would say so between the first two."""
 

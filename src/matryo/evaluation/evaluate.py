@@ -31,6 +31,7 @@ from matryo.evaluation.systems import (
     trained_widths,
 )
 
+METRIC = "nDCG@10"
 FURTHER = ("recall@10", "recall@100", "MRR@10", "mAP@100")
 
 
@@ -42,7 +43,7 @@ def evaluate(
     codes: Sequence[str] = ("float32",),
     baselines: Sequence[str] = BASELINES,
     *,
-    metric: str | Metric = "nDCG@10",
+    metric: str | Metric | None = None,
     further: Sequence[str | Metric] = FURTHER,
     split: str = "test",
     twins: Mapping[str, Source] | None = None,
@@ -66,7 +67,8 @@ def evaluate(
         depths: numbers of encoder layers to measure too; the model has to offer them.
         codes: how documents are stored; float32 is always measured.
         baselines: of "pca" and "random".
-        metric: what rows are compared by; `further` metrics are recorded beside it (retrieval only).
+        metric: what rows are compared by, nDCG@10 (top-1 for a labelled task) unless said; `further` metrics are
+            recorded beside it (retrieval only).
         split: of the judgements, where `task` is a folder.
         twins: name -> another model (say, trained without nesting), cut at the same widths.
         separate: width -> a model trained at that width alone; `train_alone` makes them.
@@ -87,7 +89,7 @@ def evaluate(
         if depths or fit_vectors is not None:
             raise InputError("a labelled task takes neither depths nor fit_vectors; baselines are fitted on its train")
         return evaluate_labelled(
-            model_or_vectors, task, widths, codes, baselines, metric="top-1" if metric == "nDCG@10" else str(metric),
+            model_or_vectors, task, widths, codes, baselines, metric=str(metric or "top-1"),
             heads=heads, twins=twins, separate=separate, against=against, name=name, seed=seed, resamples=resamples,
             confidence=confidence, command=command,
         )  # fmt: skip
@@ -95,7 +97,7 @@ def evaluate(
         raise InputError(f"heads are measured on labelled tasks; {task.name} is none")
     _check_arguments(codes, baselines, model_or_vectors, depths)
     codes = list(dict.fromkeys(["float32", *codes]))
-    metrics = list(dict.fromkeys(check_metrics([metric, *further])))
+    metrics = list(dict.fromkeys(check_metrics([metric or METRIC, *further])))
     items = task.judged.count if isinstance(task, Retrieval) else len(task.scores)
     resampling = Resampling(items, resamples, confidence, seed)
 

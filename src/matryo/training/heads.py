@@ -1,5 +1,6 @@
 """What a loss learned beside the model, in the model folder: `head.safetensors`, and the classes in `matryo.json`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from matryo.training.objective import NestedObjective
 HEAD = "head.safetensors"
 
 
-def save_heads(folder: Path, objective: NestedObjective) -> None:
-    """Write the heads of a trained objective, each tensor as `<data set>/<name>`; nothing if there is none."""
+def heads_of(objective: NestedObjective) -> dict[str, nn.Module]:
+    """The heads of a trained objective by data set."""
+    return {name: part.head for name, part in objective.parts.items() if isinstance(part.head, nn.Module)}
+
+
+def save_heads(folder: Path, heads: Mapping[str, nn.Module]) -> None:
+    """Write trained heads, each tensor as `<data set>/<name>`; nothing if there is none."""
     tensors = {
         f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, part in objective.parts.items()
-        if isinstance(part.head, nn.Module)
-        for key, value in part.head.state_dict().items()
+        for name, head in heads.items()
+        for key, value in head.state_dict().items()
     }
     if tensors:
         write_atomically(folder / HEAD, lambda path: save_file(tensors, path))

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import write_atomically
 from matryo.core.prefix import Nesting
-from matryo.encoders.folder import CARD, read_card, write_card
+from matryo.encoders import load
+from matryo.encoders.folder import CARD, IMAGE, write_card
 from matryo.encoders.images.augment import crop_and_flip
-from matryo.encoders.images.encoder import IMAGE, ImageEncoder
+from matryo.encoders.images.encoder import ImageEncoder
 from matryo.encoders.images.network import Network, NetworkConfig, pretrained
 from matryo.encoders.images.pictures import Pictures
 from matryo.encoders.model import Card, Model
 from matryo.losses import NestedHead, nested_cross_entropy, nested_multi_similarity, nested_supcon
+from matryo.training.heads import save_heads
 
 STATE = "state.safetensors"
 CONTRAST: dict[str, Any] = {"supcon": nested_supcon, "multi_similarity": nested_multi_similarity}
@@ -111,8 +113,8 @@ def train_images(
     if (config.out / CARD).is_file():
         if not resume:
             raise InputError(f"{config.out} already holds a trained model; choose another folder or remove it")
-        return load_images(config.out)
-    run = _Run(config, pictures)
+        return load(config.out)
+    run = Run(config, pictures)
     if (config.out / STATE).is_file():
         if not resume:
             raise InputError(f"{config.out} holds an unfinished run; go on with resume or choose another folder")
@@ -125,11 +127,6 @@ def train_images(
         if report is not None:
             report(said)
     return run.finish()
-
-
-def load_images(folder: str | Path, device: str | None = None) -> Model:
-    """The model of a folder that `train_images` wrote."""
-    return Model(ImageEncoder.load(folder, device), read_card(Path(folder)))
 
 
 def starting(base: str, config: NetworkConfig) -> Network:
@@ -148,7 +145,9 @@ def starting(base: str, config: NetworkConfig) -> Network:
     return network
 
 
-class _Run:
+class Run:
+    """A network in training: what it consists of, a step, an epoch, its checkpoint."""
+
     def __init__(self, config: ImageConfig, pictures: Pictures) -> None:
         self.config, self.pictures = config, pictures
         self.labels_N = _check(config, pictures)
@@ -243,7 +242,7 @@ class _Run:
         try:
             with safe_open(path, "pt") as file:
                 said = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         except (SafetensorError, OSError) as error:
             raise DamagedError(f"{path} cannot be read ({error}); remove it and start again") from error
         if said["identity"] != self.config.identity():
@@ -266,8 +265,7 @@ class _Run:
         encoder.save(config.out)
         training: dict[str, Any] = {"config": json.loads(config.identity()), "pictures": len(self.pictures)}
         if self.head is not None:
-            tensors = {f"pictures/{k}": v.detach().contiguous() for k, v in self.head.state_dict().items()}
-            write_atomically(config.out / "head.safetensors", lambda path: save_file(tensors, path))
+            save_heads(config.out, {"pictures": self.head})
             training["classes"] = {"pictures": list(self.pictures.classes)}
             training["heads"] = {"pictures": {"tied": config.tied, "normalize": False}}
         card = Card(str(config.out), self.nesting, training=training)

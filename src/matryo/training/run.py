@@ -42,7 +42,7 @@ from matryo.training.data import (
 )
 from matryo.training.dev import DevEvaluator, Encode, read_dev
 from matryo.training.distributed import check_agreement
-from matryo.training.heads import describe, save_heads
+from matryo.training.heads import describe, heads_of, save_heads
 from matryo.training.lora import add_adapter, merged
 from matryo.training.objective import NestedObjective, Part
 from matryo.training.progress import Reporter, Step, graceful_stop, quiet, ran_out
@@ -327,7 +327,7 @@ class _Run:
         encode = self._encode(self.model)
         _declare_widths(self.model, self.nesting)
         self.model.save_pretrained(str(out), create_model_card=False)
-        save_heads(out, self.objective)
+        save_heads(out, heads_of(self.objective))
         for weights in out.rglob("*.safetensors"):
             # safetensors lets only the owner read; a server is often someone else.
             weights.chmod((out / "modules.json").stat().st_mode)

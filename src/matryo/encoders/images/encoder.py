@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import write_atomically, write_text
+from matryo.encoders.folder import IMAGE
 from matryo.encoders.images.network import Network, NetworkConfig
 from matryo.encoders.images.pictures import decode
 
-IMAGE, WEIGHTS = "image.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 class ImageEncoder:

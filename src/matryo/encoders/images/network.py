@@ -111,12 +111,12 @@ def build(config: NetworkConfig) -> nn.Module:
     try:
         made = AutoConfig.for_model(fields.pop("model_type"), **fields)
         maker: Any = AutoModel
-        backbone = maker.from_config(made)
+        backbone: nn.Module = maker.from_config(made)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"transformers cannot build {config.backbone}: {str(error).splitlines()[0]}") from error
     if config.stem != "built":
         _small_stem(backbone, 1 if config.stem == "small" else 2)
-    return backbone  # type: ignore[no-any-return]
+    return backbone
 
 
 def pretrained(name: str | Path, width: int | None = None, size: int = 224, pooling: Pooling = "avg") -> Network:
