@@ -7,7 +7,8 @@ process each), on the same rows. The usual way is what its users write by hand: 
 hnsw index on the whole float32 column, `ORDER BY embedding <=> query LIMIT 10`. Ours is `Index`, its rows, sizes and
 statements as they are. Each side's `ef`, and the funnel's shortlist, are the quickest that reach recall@10 >= .99 on
 the first half of the queries; times and recalls are of the other half, the two sides in turns, one query at a time on
-one connection. Ingestion is timed in turns too, new tables each time. Rows go to results/postgres-<items>.jsonl.
+one connection. Ingestion is timed in turns too, new tables each time. Rows go to
+results/postgres-<items>-m<links>.jsonl.
 """
 
 import argparse
@@ -29,7 +30,6 @@ from matryo.engines.postgres_sql import copy_rows, list_text
 from matryo.index import Batch
 
 K, RECALL = 10, 0.99
-LINKS = 16
 EFS = (40, 60, 80, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
 KEEPS = (40, 80, 150, 250, 400)
 PREPARED = 10_000
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--prefix", type=int, default=256)
     parser.add_argument("--code", default="float16")
+    parser.add_argument("--links", type=int, default=16, help="M of both graphs")
     parser.add_argument("--asked", type=int, default=400, help="queries, half of them for tuning")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true")
@@ -64,7 +65,7 @@ def main() -> None:
     for row in rows:
         print(row)
     if not args.smoke:
-        save(args.out / f"postgres-{args.items}.jsonl", rows)
+        save(args.out / f"postgres-{args.items}-m{args.links}.jsonl", rows)
 
 
 def started(folder: Path) -> tuple[Any, str]:
@@ -151,13 +152,13 @@ def graphs(connection: psycopg.Connection, index: Index, queries: Any, truth: li
     begun = time.perf_counter()
     connection.execute(
         "CREATE INDEX usual_graph ON usual USING hnsw (embedding vector_cosine_ops) "
-        f"WITH (m={LINKS}, ef_construction=64)"
+        f"WITH (m={args.links}, ef_construction={max(64, 2 * args.links)})"
     )
     built["usual"] = time.perf_counter() - begun
     full = index.stats()["width"]
 
     def plan(ef: int, keep: int) -> str:
-        return f"{args.prefix}:{args.code} hnsw(M={LINKS},ef={ef}) keep {keep} > {full}:float32"
+        return f"{args.prefix}:{args.code} hnsw(M={args.links},ef={ef}) keep {keep} > {full}:float32"
 
     begun = time.perf_counter()
     index.prepare(plan(100, 100))
@@ -165,7 +166,7 @@ def graphs(connection: psycopg.Connection, index: Index, queries: Any, truth: li
     connection.execute("VACUUM ANALYZE usual")
     index.compact()
     size = connection.execute("SELECT pg_relation_size('usual_graph')").fetchone()
-    graph = {name: b for name, b in index.stats()["index_bytes"].items() if name.endswith(f"m{LINKS}")}
+    graph = {name: b for name, b in index.stats()["index_bytes"].items() if name.endswith(f"m{args.links}")}
     bytes_of = {"usual": int(size[0]), "funnel": sum(graph.values())}
 
     connection.execute("SET enable_seqscan = off")
@@ -207,7 +208,7 @@ def graphs(connection: psycopg.Connection, index: Index, queries: Any, truth: li
             {
                 "what": "search",
                 "side": name,
-                "plan": chosen[name] if name == "funnel" else f"hnsw(M={LINKS},ef={chosen[name]}) over {full}",
+                "plan": chosen[name] if name == "funnel" else f"hnsw(M={args.links},ef={chosen[name]}) over {full}",
                 "recall": float(np.mean(recalls[name])),
                 "ms": float(np.median(each)),
                 "each_ms": each,
