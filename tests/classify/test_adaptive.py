@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import matryo as mt
-from matryo.classify import AdaptiveClassifier, fit_heads
+from matryo.classify import AdaptiveClassifier, LinearHeads, fit_heads
 from matryo.classify.thresholds import frontier, levels_of, paid
 from matryo.cli import run
 from matryo.core.errors import DamagedError, InputError
@@ -151,6 +151,21 @@ def test_texts_go_through_a_model():
     vectors = model.encode(texts)
     made = AdaptiveClassifier.fit(vectors, labels, (vectors, labels), widths=[8, model.width], target=0.9)
     assert made.predict_texts(model, texts[:2]).labels == ["dog", "cat"]
+
+
+def test_heads_that_do_not_normalise_read_raw_lengths():
+    class Lengths:
+        """Texts of n letters as (n, 1); a model's `encode` would make the length one."""
+
+        def features(self, texts):
+            return np.array([[len(text), 1] for text in texts], dtype=np.float32)
+
+        def encode(self, texts):
+            raise AssertionError("unit vectors are not what these heads were trained on")
+
+    weight, bias = np.array([[-1, 0], [1, 0]], dtype=np.float32), np.array([5, -5], dtype=np.float32)
+    heads = LinearHeads((2,), ("short", "long"), (weight,), (bias,), normalize=False)
+    assert AdaptiveClassifier(heads, []).predict_texts(Lengths(), ["ab", "abcdefgh"]).labels == ["short", "long"]
 
 
 def test_the_command_line_fits_and_predicts(tmp_path, capsys):

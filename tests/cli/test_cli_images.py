@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from matryo import load
 from matryo.cli import run
+from matryo.training import load_head
 
 
 @pytest.fixture
@@ -88,3 +90,38 @@ def test_a_configuration_file_is_refused_for_pictures(cli, folder, tmp_path):
         "train", folder, "--task", "classify", "--out", tmp_path / "m", "--config", tmp_path / "train.yaml"
     )
     assert (status, "--config: not for pictures" in err) == (2, True)
+
+
+def test_pictures_are_measured_with_the_heads_they_were_trained_with(cli, folder, tmp_path):
+    (tmp_path / "set").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "set" / split).symlink_to(folder)
+    line = ("train", folder, "--task", "classify", "--out", tmp_path / "model", *LINE)
+    assert cli(*line)[0] == 0
+    ask = (
+        "eval",
+        tmp_path / "model",
+        tmp_path / "set",
+        "--codes",
+        "float32",
+        "--baselines",
+        "none",
+        "--resamples",
+        "9",
+    )
+    status, said, err = cli(*ask, "--split", "val", "--json")
+    assert status == 0, err
+    rows = json.loads(said)["rows"]
+    assert rows[0]["metric"] == "top-1", "what labelled sets are compared by unless said"
+    found = {(row["metric"], row["width"]): row["value"] for row in rows}
+    assert found["1-NN", 16] == 1, "each picture is among those it is compared with"
+    head, classes = load_head(tmp_path / "model")
+    vectors = load(tmp_path / "model").encoder.vectors(sorted(folder.rglob("*.png")), 16)
+    labels = [classes.index(file.parent.name) for file in sorted(folder.rglob("*.png"))]
+    for width in (4, 16):
+        guesses = head(torch.from_numpy(vectors), width=width).argmax(1).numpy()
+        assert found["head top-1", width] == np.mean(guesses == labels)
+    status, _, err = cli(*ask)
+    assert (status, "no pictures of the split test" in err) == (2, True)
+    status, _, err = cli(*ask, "--split", "val", "--metric", "nDCG@10")
+    assert (status, "'nDCG@10' is not measured on a labelled task" in err) == (2, True)

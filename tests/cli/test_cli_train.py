@@ -52,6 +52,15 @@ def test_a_loss_and_its_arguments(cli, files):
     assert recorded(files)["classes"] == {"labelled": ["games", "libs"]}
 
 
+@pytest.mark.parametrize(("task", "loss"), [("classify", "cross_entropy"), ("contrast", "supcon")])
+def test_a_task_names_its_loss(cli, files, task, loss):
+    status, _, err = cli(files / "labelled.jsonl", "--task", task)
+    assert status == 0, err
+    assert recorded(files)["config"]["loss"] == loss
+    status, _, err = cli(files / "labelled.jsonl", "--picture", "{size: 8}", out="other")
+    assert (status, "--picture is for pictures" in err) == (2, True)
+
+
 def test_several_data_sets(cli, files):
     second = f"{{path: {files / 'scored.jsonl'}, loss: cosent, loss_args: {{scale: 10}}, weight: 0.5, name: sts}}"
     line = ["--data", files / "pairs.jsonl", "--data", second, "--no-duplicates", "--mixing", "round_robin"]

@@ -111,7 +111,8 @@ class AdaptiveClassifier:
             vectors_ND, labels: N training items; not looked at where `heads` are given.
             calibration: (vectors_MD, labels) of other items; never those of a test.
             widths: rising, ending at most at D; powers of two from 8 on and D by default.
-            heads: trained heads to use instead.
+            heads: trained heads to use instead. Those that do not normalise need vectors of raw length, here and to
+                predict: `Model.features`.
             target: accuracy to keep; by default that of the full head on the calibration split.
             promised: with this confidence (say 0.95) the expected accuracy on new items is at least `target`. A random
                 half of the calibration split then makes the ladder, the other tests it from its dearest rung down
@@ -181,7 +182,8 @@ class AdaptiveClassifier:
 
     def predict_texts(self, model: Any, texts: Sequence[str]) -> Predicted:
         """The same of texts (or what else the model encodes)."""
-        return self.predict(np.asarray(model.encode(list(texts)), dtype=np.float32))
+        encode = model.encode if self.heads.normalize else model.features
+        return self.predict(np.asarray(encode(list(texts)), dtype=np.float32))
 
     def curve(self, vectors_ND: Float32s, labels: Sequence[Any]) -> list[Tradeoff]:
         """Accuracy against cost on other items, for every rung learned; nothing is tuned on them."""

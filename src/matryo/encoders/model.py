@@ -103,13 +103,10 @@ class Model:
                 outside 1..D, an unknown depth or code, int8 at a width whose ranges the model folder does not hold; or
                 the model gave NaN, Inf or zeros for an input, named by its position.
         """
-        checked = self._checked(inputs)
         width = check_width(self.width if width is None else width, self.width)
         if depth is not None and (self.depths is None or depth not in self.depths):
             allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
             raise InputError(f"depth {depth!r} was not trained; this model has {allowed}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number above 0, got {batch_size!r}")
         store = codec(code, width)
         if code == "int8":
             if width not in self.card.int8_scales:
@@ -119,6 +116,21 @@ class Model:
                     "codec on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
                 )
             store.load({"scale": self.card.int8_scales[width]})
+        return store.encode(truncate(self._vectors(inputs, width, batch_size, progress), width))
+
+    def features(self, inputs: Sequence[Any], batch_size: int = 64, progress: bool = False) -> Float32s:
+        """(N, D) vectors of raw length, as the encoder gives them: what heads that do not normalise were trained on.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        return self._vectors(inputs, self.width, batch_size, progress)
+
+    def _vectors(self, inputs: Sequence[Any], width: int, batch_size: int, progress: bool) -> Float32s:
+        """Full-width vectors whose first `width` dimensions can be normalised."""
+        checked = self._checked(inputs)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number above 0, got {batch_size!r}")
         full = self.encoder.vectors(checked, batch_size, progress)
         # A lone NaN dimension makes the sum NaN; a zero row sums to 0: one pass finds both.
         sums = np.einsum("nd,nd->n", full[:, :width], full[:, :width], dtype=np.float64)
@@ -126,7 +138,7 @@ class Model:
         if len(bad):
             what = "only zeros" if sums[bad[0]] == 0 else "NaN or Inf"
             raise InputError(f"the model gave {what} for inputs[{int(bad[0])}] at width {width}; it cannot encode it")
-        return store.encode(truncate(full, width))
+        return full
 
     def _checked(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The inputs, if they are of the kind that the encoder takes."""

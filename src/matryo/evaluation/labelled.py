@@ -74,8 +74,10 @@ def evaluate_labelled(
         if kind not in LABELLED_BASELINES:
             raise InputError(f"unknown baseline {kind!r}; use {' or '.join(LABELLED_BASELINES)}")
     resampling = Resampling(len(task.test_labels), resamples, confidence, seed)
-    train, test = embed_labelled(model_or_vectors, task)
-    full = train.shape[1]
+    train, test = embed_labelled(model_or_vectors, task, raw=heads is not None and not heads.normalize)
+    full, raw = train.shape[1], test
+    if hasattr(model_or_vectors, "encode"):
+        train, test = truncate(train, full), truncate(test, full)
     trained = trained_widths(model_or_vectors, full)
     chosen = check_widths(default_widths(trained, full) if widths is None else sorted({*widths, full}), full)
     model = System(name or name_of(model_or_vectors), test, train, tuple(chosen), trained)
@@ -88,9 +90,9 @@ def evaluate_labelled(
         raise InputError(f"the heads read {heads.full} dimensions but the vectors have {full}")
 
     scorer = _Scorer(task, probe)
-    cells = [cell for code in dict.fromkeys(["float32", *codes]) for cell in scorer.cells(model, code, heads)]
+    cells = [cell for code in dict.fromkeys(["float32", *codes]) for cell in scorer.cells(model, code, heads, raw)]
     for system in others:
-        cells += scorer.cells(system, "float32", None)
+        cells += scorer.cells(system, "float32")
     found = statistics(cells, None, resampling)
     recorded = list(dict.fromkeys(m for cell in cells for m in cell.values))
     first = metric if probe or metric != "top-1" else "1-NN"
@@ -102,13 +104,18 @@ def evaluate_labelled(
     return Report(model.name, task, rows, cells, found, _notes(task, model, baselines, seed, probe), command)
 
 
-def embed_labelled(source: Source, task: LabelledTask) -> tuple[Float32s, Float32s]:
-    """(train_ND, test_QD) float32: encoded once, or taken as given; checked."""
+def embed_labelled(source: Source, task: LabelledTask, raw: bool = False) -> tuple[Float32s, Float32s]:
+    """(train_ND, test_QD) float32: encoded once, or taken as given; checked.
+
+    Args:
+        raw: vectors of the length that the encoder gives them, where the source can give those.
+    """
     if hasattr(source, "encode"):
         if not len(task.train) or not len(task.test):
             raise InputError(f"{task.name}: has labels but no items to encode; give items or ready vectors")
         columns = [x if isinstance(x, np.ndarray) else list(x) for x in (task.train, task.test)]
-        parts = [np.asarray(source.encode(items)) for items in columns]
+        encode = source.features if raw and hasattr(source, "features") else source.encode
+        parts = [np.asarray(encode(items)) for items in columns]
     elif isinstance(source, tuple) and len(source) == 2:
         parts = [np.asarray(part) for part in source]
     else:
@@ -130,7 +137,10 @@ class _Scorer:
         wide = sorted(set(task.coarse.values()))
         self.coarse_C = np.array([wide.index(task.coarse[c]) for c in task.classes]) if task.coarse else None
 
-    def cells(self, system: System, code: str, heads: LinearHeads | None) -> Iterator[Cell]:
+    def cells(
+        self, system: System, code: str, heads: LinearHeads | None = None, raw_QD: Float32s | None = None
+    ) -> Iterator[Cell]:
+        """Every width of a system in one code; trained heads read the test vectors of raw length."""
         if code == "float32":
             near = dict(nearest(system.first, system.second, system.widths))
             probes = fit_heads(system.second, self.task.train_labels, system.widths) if self.probe else None
@@ -138,8 +148,8 @@ class _Scorer:
                 values: dict[str, Float64s] = {}
                 if probes is not None:
                     values |= self._classified(probes, level, system.first, "")
-                if heads is not None and width in heads.widths:
-                    values |= self._classified(heads, heads.widths.index(width), system.first, "head ")
+                if heads is not None and raw_QD is not None and width in heads.widths:
+                    values |= self._classified(heads, heads.widths.index(width), raw_QD, "head ")
                 yield Cell(system, width, code, 4 * width, values | self._found(near[width]))
             return
         for width in system.widths:
