@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+from tiny import BACKBONE
 
 from matryo.encoders.images import read_pictures
 from matryo.encoders.images.network import NetworkConfig
@@ -21,13 +22,6 @@ from matryo.training.images import Epoch
 from matryo.training.towers import TowerConfig, Towers, train_towers
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
-BACKBONE = {
-    "model_type": "resnet",
-    "embedding_size": 32,
-    "hidden_sizes": [32, 64, 128],
-    "depths": [1, 1, 1],
-    "layer_type": "basic",
-}
 RESULTS = Path(__file__).parent / "results" / "clipart.jsonl"
 
 
