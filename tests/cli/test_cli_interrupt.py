@@ -37,10 +37,12 @@ def upsert(*given):
     return whole(*given)
 
 Writer.upsert = upsert
+signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 """The command line, which gets a Ctrl-C some milliseconds after its third batch has begun. It comes from inside: on a
-busy machine whoever watches from outside may see nothing before the work is done."""
+busy machine whoever watches from outside may see nothing before the work is done. It is listened to even where the
+tests run in the background of a shell, which has its children ignore it."""
 
 
 def held(folder):
