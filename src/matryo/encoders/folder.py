@@ -53,6 +53,7 @@ def write_card(folder: Path, card: Card) -> None:
         "depths": card.depths and list(card.depths),
         "steps": STEPS,
         "scores": list(card.scores),
+        **({"depth_scores": list(card.depth_scores)} if card.depth_scores else {}),
         "training": card.training,
     }
     write_text(folder / CARD, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -83,6 +84,7 @@ def read_card(folder: Path) -> Card:
             nesting=nesting,
             depths=content["depths"] and tuple(content["depths"]),
             scores=tuple(content["scores"]),
+            depth_scores=tuple(content.get("depth_scores", ())),
             int8_scales={int(key.removeprefix("int8/")): value for key, value in scales.items()},
             training=content["training"],
         )

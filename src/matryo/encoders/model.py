@@ -1,7 +1,7 @@
 """A model: an encoder, the widths it was trained for, and one `encode` with a true width knob."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,8 @@ class Card:
     depths: tuple[int, ...] | None = None
     scores: tuple[dict[str, Any], ...] = ()
     """Rows of {task, metric, width, code, value, low, high}."""
+    depth_scores: tuple[dict[str, Any], ...] = ()
+    """Such rows for the depths below the last, with `depth`; float32 alone."""
     int8_scales: dict[int, Float32s] = field(default_factory=dict)
     """Per-dimension int8 scales of each width, fitted after the cut."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Model:
             inputs: N texts, none blank; for an image encoder N pictures: paths, bytes, PIL images or uint8 arrays
                 (H, W, 3), or one array (N, H, W, 3).
             width: any of 1..D, trained or not; D by default.
-            depth: number of layers to run; only for models trained with several depths.
+            depth: number of layers to run, one of `depths`; all by default. The rest of the encoder is not run.
             code: float32, float16, bfloat16 (as uint16), int8 or binary (packed bits, width a multiple of 8).
             batch_size: inputs per forward pass.
             progress: show a bar on a terminal.
@@ -100,15 +102,19 @@ class Model:
 
         Raises:
             InputError: a blank text, a text for an image encoder or a picture for another, a broken picture, a width
-                outside 1..D, an unknown depth or code, int8 at a width whose ranges the model folder does not hold; or
-                the model gave NaN, Inf or zeros for an input, named by its position.
+                outside 1..D, an unknown depth or code, int8 at a width whose ranges the model folder does not hold (it
+                holds those of all layers alone); or the model gave NaN, Inf or zeros for an input, named by its
+                position.
         """
         width = check_width(self.width if width is None else width, self.width)
-        if depth is not None and (self.depths is None or depth not in self.depths):
-            allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
-            raise InputError(f"depth {depth!r} was not trained; this model has {allowed}")
+        model = self if depth is None else self.at(depth)
         store = codec(code, width)
         if code == "int8":
+            if model is not self:
+                raise InputError(
+                    f"the model holds int8 ranges for all its layers, not for {depth}; encode as float32 and fit a codec "
+                    "on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
+                )
             if width not in self.card.int8_scales:
                 known = ", ".join(map(str, sorted(self.card.int8_scales))) or "none"
                 raise InputError(
@@ -116,7 +122,27 @@ class Model:
                     "codec on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
                 )
             store.load({"scale": self.card.int8_scales[width]})
-        return store.encode(truncate(self._vectors(inputs, width, batch_size, progress), width))
+        return store.encode(truncate(model._vectors(inputs, width, batch_size, progress), width))
+
+    def at(self, depth: int) -> "Model":
+        """The model of the first `depth` layers, as it was trained; its weights are this one's.
+
+        Raises:
+            InputError: a depth that was not trained.
+        """
+        if self.depths is None or depth not in self.depths:
+            allowed = "only the full depth" if self.depths is None else f"depths {list(self.depths)}"
+            raise InputError(f"depth {depth!r} was not trained; this model has {allowed}")
+        if depth == self.depths[-1]:
+            return self
+        encoder: Any = self.encoder
+        scores = tuple(
+            {key: value for key, value in row.items() if key != "depth"}
+            for row in self.card.depth_scores
+            if row["depth"] == depth
+        )
+        card = replace(self.card, depths=None, scores=scores, depth_scores=(), int8_scales={})
+        return Model(encoder.at(depth), card)
 
     def features(self, inputs: Sequence[Any], batch_size: int = 64, progress: bool = False) -> Float32s:
         """(N, D) vectors of raw length, as the encoder gives them: what heads that do not normalise were trained on.

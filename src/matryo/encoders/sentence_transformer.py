@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matryo.core.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matryo.encoders.layers import Layers
 
 
 class SentenceTransformerEncoder:
@@ -20,6 +23,31 @@ class SentenceTransformerEncoder:
             raise InputError("the model does not say how many dimensions its vectors have")
         self.model = model
         self.width = int(width)
+        self._depths: dict[int, SentenceTransformerEncoder] = {}
+        self._found: Layers | None = None
+
+    @property
+    def layers(self) -> "Layers":
+        """The blocks of the encoder.
+
+        Raises:
+            InputError: it has none that can be cut.
+        """
+        if self._found is None:
+            from matryo.encoders.layers import Layers
+
+            self._found = Layers(self.model)
+        return self._found
+
+    def at(self, depth: int) -> "SentenceTransformerEncoder":
+        """The encoder of the first `depth` layers, trained at that depth or not. It shares its weights with this one.
+
+        Raises:
+            InputError: a depth beyond the encoder's, or layers that cannot be cut.
+        """
+        if depth not in self._depths:
+            self._depths[depth] = SentenceTransformerEncoder(self.layers.cut(depth))
+        return self._depths[depth]
 
     @classmethod
     def load(cls, name: str, device: str | None = None) -> "SentenceTransformerEncoder":

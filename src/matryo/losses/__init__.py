@@ -8,6 +8,7 @@ if find_spec("torch") is None:
     raise MissingExtraError("torch", "train", "matryo.losses")
 
 from matryo.losses.classify import NestedHead, nested_cross_entropy
+from matryo.losses.depths import over_depths
 from matryo.losses.distill import nested_distill, nested_kl, nested_margin_mse
 from matryo.losses.gather import Gathered, gather_with_gradient, gathered_info_nce, row_share
 from matryo.losses.guided import guided_ignore, nested_guided_info_nce
@@ -43,6 +44,7 @@ __all__ = [
     "nested_sigmoid",
     "nested_supcon",
     "nested_triplet",
+    "over_depths",
     "row_share",
     "straight_through",
 ]

@@ -4,6 +4,7 @@ Embeddings are compared after both prefixes are renormalised, so a teacher's len
 they are, whatever made them (dot products, a cross-encoder): only the student's side is a cosine, times a scale.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any, Literal
@@ -31,7 +32,8 @@ from matryo.losses.widths import (
     wide_type,
 )
 
-Kind = Literal["cosine", "mse", "similarity"]
+Kind = Literal["cosine", "mse", "similarity", "kl"]
+KINDS = ("cosine", "mse", "similarity", "kl")
 
 
 def nested_distill(
@@ -41,6 +43,7 @@ def nested_distill(
     nesting: Nesting,
     kind: Kind = "cosine",
     teacher_nesting: Nesting | None = None,
+    temperature: float = 0.3,
     chunk: int | None = None,
     per_width: bool = False,
 ) -> Any:
@@ -50,11 +53,13 @@ def nested_distill(
     - "mse": the mean over rows of the squared distance of the two unit prefixes. (torch's `mse_loss` divides this by d,
       which would make each width weigh less than the one before.) On rows that are not zero it is twice "cosine";
     - "similarity": the mean over the B x B pairs of rows of (student cosine - teacher cosine)^2, which needs no common
-      dimensions: similarity-preserving distillation (arXiv 1907.09682) with cosines.
+      dimensions: similarity-preserving distillation (arXiv 1907.09682) with cosines;
+    - "kl": the mean over rows of KL(softmax(teacher prefix / temperature), softmax(student prefix / temperature)), the
+      softmax over the d dimensions of the unit prefix: how 2D Matryoshka aligns layers (arXiv 2402.14776).
 
     Which prefix of the teacher: without `teacher_nesting`, the one of the same width if E = D, else the whole teacher
     at every width, which only "similarity" can compare. With it, the prefixes of its widths, one for each of the
-    student's in order; "cosine" and "mse" need the same widths. Every prefix is renormalised. A student equal to its
+    student's in order; all other kinds need the same widths. Every prefix is renormalised. A student equal to its
     teacher has loss 0 at every width. The teacher gets no gradient.
 
     Args:
@@ -63,6 +68,7 @@ def nested_distill(
         nesting: widths and weights; its last width must be D.
         kind: what is compared.
         teacher_nesting: L widths inside 1..E; its weights are not read. `nesting` itself for a longer nested teacher.
+        temperature: of "kl" alone; above 0.
         chunk: rows worked on at a time by "similarity"; chosen from B and L by default. Does not change the result.
         per_width: also return the (L,) unweighted loss of each width, detached.
 
@@ -73,8 +79,10 @@ def nested_distill(
         InputError: shapes, widths or kinds that do not fit; a teacher of other rows; NaN in a row; one row only for
             "similarity".
     """
-    if kind not in ("cosine", "mse", "similarity"):
-        raise InputError(f"kind must be 'cosine', 'mse' or 'similarity', got {kind!r}")
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be finite and above 0, got {temperature}")
     check_embeddings("student", student_BD, nesting)
     taught = _teacher_widths(teacher_BE, nesting, kind, teacher_nesting)
     check_same_rows(student=student_BD, teacher=teacher_BE)
@@ -85,6 +93,9 @@ def nested_distill(
     def compare(_level: int, student: Tensor, teacher: Tensor) -> Tensor:
         if kind == "cosine":
             return (1 - (student * teacher).sum(1)).mean()
+        if kind == "kl":
+            own, taught = ((x / temperature).log_softmax(1) for x in (student, teacher))
+            return F.kl_div(own, taught, reduction="batchmean", log_target=True)
         return (student - teacher).square().sum(1).mean()
 
     return over_widths(compare, nesting, embeddings, per_width)

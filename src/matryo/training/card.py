@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,17 @@ def int8_scales(vectors: NDArray[np.float32], nesting: Nesting) -> dict[int, NDA
     return {width: Int8(width).fit(truncate(vectors, width)).state["scale"] for width in nesting.widths}
 
 
-def score_rows(dev: DevEvaluator, encode: Encode, nesting: Nesting) -> list[dict[str, Any]]:
+def score_rows(
+    dev: DevEvaluator, encode: Encode, nesting: Nesting, codes: Sequence[str] = SCORED_CODES
+) -> list[dict[str, Any]]:
     """Dev scores of every trained width, and of every code for a retrieval set."""
     task = dev.task
     if not isinstance(task, Retrieval):
-        return [_row(task.name, dev.metric_name, w, "float32", value) for w, value in dev.scores(encode).items()]
+        scores = dev.scores(encode)
+        return [_row(task.name, dev.metric_name, width, "float32", scores[width]) for width in nesting.widths]
     queries, documents = encode(task.queries), encode(task.texts)
     found = []
-    for code in SCORED_CODES:
+    for code in codes:
         for width in nesting.widths:
             if code == "binary" and width % 8:
                 continue

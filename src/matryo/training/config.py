@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from matryo.core.depths import Alignment, DepthNesting
 from matryo.core.errors import InputError
 from matryo.core.metrics import Metric
 from matryo.core.prefix import Nesting
@@ -67,6 +68,35 @@ class DataConfig(_Checked):
         return self
 
 
+class DepthConfig(_Checked):
+    """The depths trained beside the widths: 2D Matryoshka (arXiv 2402.14776), Starbucks (arXiv 2410.13230).
+
+    All depths cost little more than one: they share their layers. What 2D Matryoshka trains, the last layer and one
+    other drawn for each step, is `sample: 2`; Starbucks' fixed pairs are `widths`.
+    """
+
+    depths: tuple[int, ...] | None = Field(None, description="Layers run, all of them last; every depth if unset.")
+    weights: tuple[float, ...] | None = Field(None, description="One weight per depth; all 1 if unset.")
+    widths: tuple[tuple[int, ...], ...] | None = Field(
+        None, description="The widths of each depth, where not all are trained at all: fixed pairs."
+    )
+    sample: int | None = Field(
+        None, ge=2, description="Train so many depths a step, drawn anew, the last among them; all if unset."
+    )
+    align: float = Field(1.0, ge=0, description="Weight of each depth's distance to the last layer, at every width.")
+    alignment: Alignment = Field("kl", description="What that distance is: kl, cosine, mse or similarity.")
+    temperature: float = Field(0.3, gt=0, description="Of kl.")
+
+    def nesting(self, layers: int, widths: Nesting) -> DepthNesting:
+        """The depths for an encoder of so many layers and a model of these widths."""
+        depths = DepthNesting.of(
+            self.depths or tuple(range(1, layers + 1)), widths, self.weights, self.widths,
+            align=self.align, alignment=self.alignment, temperature=self.temperature,
+        )  # fmt: skip
+        depths.check(layers)
+        return depths
+
+
 class LoraConfig(_Checked):
     """Low-rank adapters (arXiv 2106.09685) trained in place of the whole encoder, and merged into it at the end."""
 
@@ -109,6 +139,9 @@ class TrainConfig(_Checked):
     sample_widths: int | None = Field(
         None, ge=1, description="Train so many widths a step, drawn anew, the full one among them; all if unset."
     )
+    depths: DepthConfig | None = Field(
+        None, description="Train several depths (layers) too: a list of them, 'all', or a mapping."
+    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     rotate: Literal["none", "pca", "learned"] = Field(
         "none",
@@ -145,6 +178,10 @@ class TrainConfig(_Checked):
     def _short_forms(cls, values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("lora"), int):
             values = {**values, "lora": {"r": values["lora"]}}
+        if values.get("depths") == "all":
+            values = {**values, "depths": {}}
+        elif isinstance(values.get("depths"), (list, tuple)):
+            values = {**values, "depths": {"depths": values["depths"]}}
         if isinstance(values.get("rotate"), bool):
             # As it was written when principal axes were the only ones.
             values = {**values, "rotate": "pca" if values["rotate"] else "none"}
@@ -161,6 +198,10 @@ class TrainConfig(_Checked):
             raise ValueError("patience needs a dev set to measure on and a width, or 'mean', as best; give dev")
         if self.lora is not None and self.base is None:
             raise ValueError("lora adapts a transformer; name one as base")
+        if self.depths is not None and self.base is None:
+            raise ValueError("a static encoder has no layers; depths are for a transformer: name one as base")
+        if self.depths is not None and self.depths.widths is not None and self.sample_widths is not None:
+            raise ValueError("depths with widths of their own and sample_widths both choose the widths; drop one")
         if self.rotate != "none" and self.base is None:
             raise ValueError("rotate turns the vectors of a model that exists; name one as base")
         if self.epochs == 0 and self.rotate == "none":

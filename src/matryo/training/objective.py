@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matryo.core.depths import DepthNesting, DepthSampler
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.core.sampling import WidthSampler
-from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce
+from matryo.encoders.layers import Layers
+from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce, over_depths
 from matryo.training import processes
 from matryo.training.caching import cached_embeddings
 from matryo.training.objectives import check_arguments, recipe
@@ -134,8 +136,14 @@ class NestedObjective(nn.Module):
         parts: Mapping[str, Part],
         sampler: WidthSampler | None = None,
         mini_batch_size: int | None = None,
+        depths: DepthNesting | DepthSampler | None = None,
     ) -> None:
-        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step."""
+        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step; likewise the depths.
+
+        Raises:
+            InputError: depths of an encoder that has others, or whose layers cannot be cut; fixed pairs of depth and
+                width for a loss that has a head or a teacher.
+        """
         super().__init__()
         self.model = model
         self.nesting = nesting
@@ -144,6 +152,17 @@ class NestedObjective(nn.Module):
         self.losses = nn.ModuleList(parts.values())
         self.sampler = sampler
         self.mini_batch_size = mini_batch_size
+        self.depths = depths
+        self.layers = None if depths is None else Layers(model)
+        if self.layers is not None:
+            self._check_depths(depths.depths if isinstance(depths, DepthSampler) else depths, self.layers.count)
+
+    def _check_depths(self, depths: DepthNesting, layers: int) -> None:
+        depths.check(layers)
+        for part in self.parts.values():
+            if (part.head or part.recipe.teacher) and any(n.D < self.nesting.D for n in depths.nestings):
+                what = "a head" if part.head else "a teacher"
+                raise InputError(f"loss {part.loss!r} has {what} of full width; leave the widths of each depth out")
 
     def forward(
         self,
@@ -152,41 +171,57 @@ class NestedObjective(nn.Module):
         name: str | None = None,
         step: int = 0,
         taught: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Any, Nesting]:
-        """The loss, the unweighted loss at each width trained in this step (L,), detached, and those widths.
+    ) -> tuple[Tensor, dict[int | None, tuple[Nesting, Any]]]:
+        """The loss, and for each depth (None where there is one only) its widths and the unweighted losses there, (L,).
 
         `labels` are what the data set's loss needs: groups, classes or scores.
         """
-        nesting = self.sampler.draw(step) if self.sampler else self.nesting
         part = self.parts[name] if name is not None else next(iter(self.parts.values()))
-        columns = self.embed(features)
+        nesting = self.sampler.draw(step) if self.sampler else self.nesting
+        depths = self.depths.draw(step) if isinstance(self.depths, DepthSampler) else self.depths
+        columns = self.embed(features, depths)
+        found: dict[int | None, tuple[Nesting, Any]] = {}
         try:
-            total, values = part(Batch(columns, labels, taught), nesting)
+            if depths is None:
+                total, values = part(Batch(columns, labels, taught), nesting)
+                found[None] = (nesting, values)
+            else:
+                if self.sampler:
+                    depths = depths.at(nesting)
+                total, each = over_depths(lambda own, its: part(Batch(own, labels, taught), its), columns, depths)
+                found.update(each)
         except InputError as error:
             blame = _bad_row(columns)
             raise InputError(blame) if blame else error from error
         if not torch.isfinite(total):
-            reason = "the loss is not finite"
-            if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
-                reason += f" at width {nesting.widths[int((~torch.isfinite(values)).nonzero()[0])]}"
+            reason = _where_not_finite(found)
             raise InputError(_bad_row(columns) or f"{reason}; raise the temperature or lower the learning rate")
-        return total, values, nesting
+        return total, found
 
-    def embed(self, features: list[dict[str, Tensor]]) -> list[Tensor]:
-        """(B, D) for each column."""
+    def embed(self, features: list[dict[str, Tensor]], depths: DepthNesting | None = None) -> list[Tensor]:
+        """(B, D) for each column; with depths (B, K, D)."""
         if all("offsets" in f for f in features):
             sizes = [len(f["offsets"]) for f in features]
             merged: dict[str, Any] = self.model(merge_bags(features))
             return list(merged["sentence_embedding"].split(sizes))
+        run: Any = self.model if depths is None or self.layers is None else self.layers.runner(depths.depths)
         if self.mini_batch_size is not None:
-            return cached_embeddings(self.model, features, mini_batch_size=self.mini_batch_size)
-        return [self.model(f)["sentence_embedding"] for f in features]
+            return cached_embeddings(run, features, mini_batch_size=self.mini_batch_size)
+        return [run(f)["sentence_embedding"] for f in features]
+
+
+def _where_not_finite(found: Mapping[int | None, tuple[Nesting, Any]]) -> str:
+    for depth, (nesting, values) in found.items():
+        if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
+            width = nesting.widths[int((~torch.isfinite(values)).nonzero()[0])]
+            return f"the loss is not finite at width {width}" + (f" of depth {depth}" if depth else "")
+    return "the loss is not finite"
 
 
 def _bad_row(columns: Sequence[Tensor]) -> str | None:
     names = ("first text", "second text", *(f"negative {n}" for n in range(1, len(columns))))
     for name, rows in zip(names, columns, strict=False):
-        bad = (~torch.isfinite(rows)).any(1).nonzero()
+        bad = (~torch.isfinite(rows.flatten(1))).any(1).nonzero()
         if len(bad):
             where = f"the {name} of row {int(bad[0])} of this batch"
             return f"the model gave NaN or Inf for {where}; lower the learning rate"

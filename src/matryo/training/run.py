@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from matryo.core.depths import DepthNesting, DepthSampler
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import storage_errors, write_text
 from matryo.core.prefix import Nesting
@@ -23,6 +24,7 @@ from matryo.core.sampling import WidthSampler
 from matryo.encoders import Model, load
 from matryo.encoders.folder import CARD, disk_errors, module_types, write_card
 from matryo.encoders.model import Card
+from matryo.encoders.layers import Layers
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder, check_device
 from matryo.encoders.static import StaticEncoder
 from matryo.training import processes
@@ -108,6 +110,7 @@ class _Run:
         self.model = self._model()
         self.static = len(self.model) == 1 and hasattr(self.model[0], "embedding")
         self.nesting = config.nesting(int(self.model.get_embedding_dimension() or 0))
+        self.depths = None if config.depths is None else config.depths.nesting(Layers(self.model).count, self.nesting)
         self._check_fit()
         self.dev = dev and DevEvaluator(dev, self.nesting, config.metric, self._encode)
         self.identity: dict[str, Any] = {"config": _plain(config)}
@@ -186,7 +189,10 @@ class _Run:
             parts = {rows.name: self._part(rows) for rows in self.sets}
         keep = config.sample_widths
         sampler = None if keep is None else WidthSampler(self.nesting, keep, config.seed)
-        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size)
+        depths: DepthNesting | DepthSampler | None = self.depths
+        if self.depths is not None and config.depths is not None and config.depths.sample is not None:
+            depths = DepthSampler(self.depths, config.depths.sample, config.seed)
+        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, depths)
 
     def _part(self, rows: Rows) -> Part:
         arguments = dict(rows.config.loss_args)
@@ -334,7 +340,9 @@ class _Run:
         card = Card(
             name=out.name,
             nesting=self.nesting,
+            depths=None if self.depths is None else self.depths.depths,
             scores=tuple(score_rows(self.dev, encode, self.nesting)) if self.dev else (),
+            depth_scores=tuple(self._depth_scores()),
             int8_scales=int8_scales(encode(spread(self.sets, CALIBRATION)), self.nesting),
             training={
                 **self.identity,
@@ -350,6 +358,18 @@ class _Run:
         write_readme(out, card, config)
         write_card(out, card)
         shutil.rmtree(self.work)
+
+
+    def _depth_scores(self) -> list[dict[str, Any]]:
+        """Dev scores of every width at the depths below the last, at the widths trained there."""
+        if self.depths is None or not self.dev:
+            return []
+        encoder = SentenceTransformerEncoder(self.model)
+        return [
+            {**row, "depth": depth}
+            for depth, nesting in zip(self.depths.depths[:-1], self.depths.nestings, strict=False)
+            for row in score_rows(self.dev, self._encode(encoder.at(depth).model), nesting, ("float32",))
+        ]
 
 
 @contextmanager

@@ -57,8 +57,9 @@ class NestedTrainer(SentenceTransformerTrainer):
             self.loss = self.override_model_in_loss(self.loss, model)
         teacher = self.teachers.get(name or next(iter(self.loss.parts)))
         taught = teacher.take(inputs["row"]) if teacher else ()
-        loss, values, nesting = self.loss(features, labels, name, self.state.global_step, taught)
-        self._count(name, values, nesting)
+        loss, found = self.loss(features, labels, name, self.state.global_step, taught)
+        for depth, (nesting, values) in found.items():
+            self._count(name, depth, values, nesting)
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -68,12 +69,12 @@ class NestedTrainer(SentenceTransformerTrainer):
             processes.reduce_gradients(self.loss.parameters())
         return loss
 
-    def _count(self, name: str | None, values: Any, nesting: Nesting) -> None:
+    def _count(self, name: str | None, depth: int | None, values: Any, nesting: Nesting) -> None:
         """Add the losses of a step to what the next line of the log is made of: (2, L) sums and steps by name."""
         every = self.loss.nesting.widths
         places = [every.index(width) for width in nesting.widths]
         for code, losses in (values if isinstance(values, dict) else {None: values}).items():
-            key = "/".join(part for part in (name, code) if part)
+            key = "/".join(part for part in (name, code, depth and f"depth {depth}") if part)
             tally = self.tallies.setdefault(key, torch.zeros(2, len(every), device=losses.device))
             tally[0, places] += losses
             tally[1, places] += 1
