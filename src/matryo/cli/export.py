@@ -20,23 +20,36 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="With --onnx: quantise weights; needs --texts.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to make, for a small device.")] = None,
     width: Annotated[int | None, typer.Option(help="With --out: dimensions to keep.")] = None,
-    code: Annotated[str, typer.Option(help="With --out: int8, float16 or float32.")] = "int8",
+    depth: Annotated[
+        int | None, typer.Option(help="With --out: layers to keep, in a folder of sentence-transformers.")
+    ] = None,
+    code: Annotated[str | None, typer.Option(help="With --out: int8 (if unset), float16 or float32.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts to judge by, one a line, 100 or more.")] = None,
     floor: Annotated[float, typer.Option(help="Least share of 10 neighbours int8 weights must keep.")] = 0.9,
     as_json: Json = False,
 ) -> None:
-    """Write a model so that it runs without torch, its vectors checked against the model's.
+    """Write a smaller or quicker form of a model, its vectors checked against the model's.
+
+    For a server or a device it runs without torch; with fewer layers (--depth) it stays a sentence-transformers folder.
 
     Example: matryo export runs/minilm --onnx runs/minilm-onnx
     Example: matryo export runs/first --width 64 --code int8 --out runs/first-small
+    Example: matryo export runs/2d --depth 3 --width 192 --out runs/2d-3-192
     """
     if texts is not None and not texts.is_file():
         raise InputError(f"{texts}: no such file")
     judges = [line for line in texts.read_text().splitlines() if line.strip()] if texts else []
-    if out is not None and onnx is None:
+    if depth is not None:
+        if out is None or onnx is not None or int8 or code is not None:
+            raise InputError(
+                "--depth writes a sentence-transformers folder: give --out FOLDER, and --width if fewer dimensions will "
+                "do; export that folder with --onnx, or with --width and --code, in a second step"
+            )
+        found, lines = _lower(model, out, depth=depth, width=width, texts=judges)
+    elif out is not None and onnx is None:
         if int8 or width is None:
             raise InputError("--out needs --width, and says its code by --code int8")
-        found, lines = _small(model, out, width=width, code=code, texts=judges, floor=floor)
+        found, lines = _small(model, out, width=width, code=code or "int8", texts=judges, floor=floor)
     elif onnx is not None and out is None:
         if width is not None:
             raise InputError("--width goes with --out; a server cuts to any width by itself")
@@ -48,6 +61,17 @@ def export(
         return
     for line in lines:
         say(line)
+
+
+def _lower(model: str, out: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    from matryo.encoders.smaller import export_smaller
+
+    found = export_smaller(model, out, **options)
+    size, kept = f"{found['bytes'] / 1e6:.1f} MB", f"{found['depth']} of {found['layers']} layers"
+    return found, [
+        f"{out}: {kept}, width {found['width']}, {size}; {found['speedup']:.2f}x as quick as the whole model; vectors "
+        f"differ by {found['difference']:.1e} at most from the model's at that depth and width"
+    ]
 
 
 def _small(model: str, out: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:

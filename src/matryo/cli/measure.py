@@ -33,6 +33,9 @@ def evaluate(
     ],
     split: Annotated[str, typer.Option(help="Judgements of a retrieval folder, or pictures to measure on.")] = "test",
     widths: Annotated[str | None, typer.Option(help="Widths, trained or not, such as 32,64,200.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Layers to run, of the trained depths: all of these if unset; or 'none'.")
+    ] = None,
     codes: Annotated[str, typer.Option(help="Codes, such as float32,int8,binary.")] = "float32,int8,binary",
     baselines: Annotated[
         str, typer.Option(help="Of pca and random (labelled sets: svd and select too), or 'none'.")
@@ -89,6 +92,7 @@ def evaluate(
         loaded,
         measured,
         widths=numbers(widths),
+        depths=() if depths == "none" else numbers(depths, what="depths"),
         codes=[c.strip() for c in codes.split(",")],
         baselines=[] if baselines == "none" else [b.strip() for b in baselines.split(",")],
         metric=metric,

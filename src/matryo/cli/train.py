@@ -19,6 +19,7 @@ OPTIONS = {
     "loss-arg": "NAME=VALUE, for example temperature=0.05",
     "data": "a file, or a mapping such as '{path: sts.jsonl, loss: cosent, weight: 0.5}'",
     "picture": "a mapping such as '{size: 32, pooling: avg}'",
+    "depths": "layers such as 2,4,6, 'all', or a mapping such as '{depths: [3, 6], sample: 2}'",
     "lora": "a rank, or a mapping such as '{r: 16, alpha: 32, target_modules: [query, value]}'",
 }
 
@@ -104,6 +105,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Rows per step, of all processes together.")] = None,
     mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time (GradCache).")] = None,
     sample_widths: Annotated[int | None, typer.Option(help="Widths trained per step, drawn anew.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Layers to train too: 2,4,6 or 'all', or '{depths: [3, 6], sample: 2}'.")
+    ] = None,
     lora: Annotated[str | None, typer.Option(help="Rank of adapters, or '{r: 16, alpha: 32}'.")] = None,
     rotate: Annotated[str | None, typer.Option(help="Turn the base's vectors first: learned, pca or none.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -169,12 +173,20 @@ def _settings(given: dict[str, Any], config: Path | None) -> "TrainConfig":
         "static": {"width": given.pop("dim")} if "dim" in given else None,
         "loss_args": loss_arguments(given.pop("loss_arg", [])) or None,
         "data": data_sets(given.pop("data", [])) or None,
+        "depths": _depths(given.pop("depths", None)),
         "lora": mapping(given.pop("lora"), "lora") if "lora" in given else None,
     }
     if str(given.get("best", "")).isdecimal():
         made["best"] = int(given.pop("best"))
     chosen = given | {name: value for name, value in made.items() if value is not None}
     return TrainConfig.from_yaml(config, **chosen) if config else TrainConfig(**chosen)
+
+
+def _depths(text: str | None) -> Any:
+    """A list of layers, 'all', or a mapping."""
+    if text is None or text == "all":
+        return text
+    return mapping(text, "depths") if text.lstrip().startswith("{") else numbers(text, what="depths")
 
 
 def _run(settings: "TrainConfig", resume: bool) -> "Model | None":

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from matryo.core.files import write_atomically
 from matryo.evaluation.rows import Row
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 def quality_figure(report: "Report") -> Figure:
     """Quality against width for every system in float32, with bands; hollow marks where a width was not trained."""
     figure, axes = canvas(4.4)
-    rows = report.select(code="float32")
-    hues = colours(report.models)
+    # Depths have a chart of their own.
+    rows = [row for row in report.select(code="float32") if row.depth is None]
+    names = list(dict.fromkeys(row.model for row in rows))
+    hues = colours(names)
     ends: list[tuple[float, float, str, str]] = []
-    for name in reversed(report.models):
+    for name in reversed(names):
         mine = sorted((row for row in rows if row.model == name), key=lambda row: row.width)
         first = name == report.model
         _line(axes, [row.width for row in mine], mine, hues[name], strong=first)
@@ -96,6 +99,35 @@ def share_figure(report: "Report") -> Figure:
     return figure
 
 
+def grid_figure(report: "Report") -> Figure:
+    """Depth x width as a heat map: the quality of every sub-network, the whole one at the top right."""
+    rows = [row for row in report.select(code="float32") if row.depth is not None or row.model == report.model]
+    # The whole encoder does not say how many layers it has: it comes first.
+    depths = [None, *sorted({row.depth for row in rows if row.depth is not None}, reverse=True)]
+    widths = sorted({row.width for row in rows})
+    figure, axes = canvas(0.9 + 0.42 * len(depths), left=0.13, right=0.97)
+    axes.grid(visible=False)
+    values = [row.value for row in rows]
+    low, high = min(values), max(values)
+    for row in rows:
+        place = (widths.index(row.width), len(depths) - 1 - depths.index(row.depth))
+        strength = (row.value - low) / (high - low) if high > low else 1.0
+        axes.add_patch(Rectangle(place, 0.96, 0.92, color=SERIES[0], alpha=0.04 + 0.46 * strength, linewidth=0))
+        axes.annotate(
+            f"{row.value:.3f}", (place[0] + 0.48, place[1] + 0.46), ha="center", va="center", fontsize=10, color=INK,
+            fontweight="bold" if row.share >= 0.95 else "normal",
+        )  # fmt: skip
+    axes.set_xlim(0, len(widths))
+    axes.set_ylim(0, len(depths))
+    axes.set_xticks([n + 0.48 for n in range(len(widths))], [str(width) for width in widths])
+    names = ["all layers" if depth is None else f"{depth} layer" + "s" * (depth > 1) for depth in depths]
+    axes.set_yticks([len(depths) - 1 - n + 0.46 for n in range(len(depths))], names)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xlabel("width (dimensions kept)")
+    heading(axes, f"{report.metric}; bold: at least 95 % of the whole model")
+    return figure
+
+
 def save_quality(report: "Report", path: Path) -> None:
     """Quality against width into a `.png` (200 dots an inch) or `.svg` file, on white."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": "matryo"}):
@@ -119,6 +151,8 @@ def page_charts(report: "Report") -> dict[str, Chart]:
     wanted = {"quality": (quality_figure, f"{how} against width", "Quality against width")}
     if several:
         wanted["bytes"] = (bytes_figure, f"{how} against bytes per vector", "Quality against bytes per vector")
+    if any(row.depth is not None for row in report.rows):
+        wanted["grid"] = (grid_figure, f"{how} at every depth and width", "Depth and width")
     wanted["share"] = (share_figure, f"Share of full quality kept by each width, {how}", "Share of full quality")
     return {key: drawn(partial(draw, report), key, title, caption) for key, (draw, caption, title) in wanted.items()}
 

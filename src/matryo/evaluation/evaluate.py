@@ -64,7 +64,8 @@ def evaluate(
         task: a Retrieval or ScoredPairs set, or a path: a folder in the BEIR layout, or a file of scored pairs;
             or a LabelledTask or a folder with train and test files of it, as `evaluation.labelled` says.
         widths: inside 1..D, in any order; by default the trained ones, powers of two from 8 on, and D.
-        depths: numbers of encoder layers to measure too; the model has to offer them.
+        depths: numbers of encoder layers to measure too, of those that the model was trained at; all of them by
+            default, none if empty.
         codes: how documents are stored; float32 is always measured.
         baselines: of "pca" and "random".
         metric: what rows are compared by, nDCG@10 (top-1 for a labelled task) unless said; `further` metrics are
@@ -107,9 +108,9 @@ def evaluate(
     chosen = check_widths(default_widths(trained, full) if widths is None else sorted({*widths, full}), full)
     model = System(name or name_of(model_or_vectors), first, second, tuple(chosen), trained)
     others, notes = [], _notes(model, codes) + _blanks(task)
-    for depth in depths or ():
-        low = System(f"{model.name}, {depth} layers", *embed(model_or_vectors, task, depth), model.widths, trained)
-        others.append(low)
+    for depth in _below(model_or_vectors, depths):
+        vectors = embed(model_or_vectors, task, depth)
+        others.append(System(f"{model.name}, {depth} layers", *vectors, model.widths, trained, depth))
     others += companions(twins, separate, task, chosen)
     column = "document" if isinstance(task, Retrieval) else "second-sentence"
     for kind in dict.fromkeys(baselines):
@@ -131,6 +132,12 @@ def evaluate(
         f"metric={str(metrics[0])!r}, seed={seed}, resamples={resamples}, confidence={confidence})"
     )
     return Report(model.name, task, rows, cells, found, notes, again)
+
+
+def _below(source: Source, depths: Sequence[int] | None) -> list[int]:
+    """The depths to measure beside the whole encoder, deepest first."""
+    offered = tuple(getattr(source, "depths", None) or ())
+    return sorted({*(offered if depths is None else depths)} - {*offered[-1:]}, reverse=True)
 
 
 def _check_arguments(
@@ -168,7 +175,9 @@ def _against(against: str | None, model: System, others: Sequence[System]) -> st
         raise InputError(f"two systems are called {model.name!r}; give the model another name")
     if against is not None and against not in names:
         raise InputError(f"against={against!r} is not measured here; use one of {', '.join(names) or 'none'}")
-    return against or next(iter(names), None)
+    # The same model at a lower depth is no baseline; it stands where nothing else is measured.
+    others = [*(s for s in others if s.depth is None), *others]
+    return against or next((system.name for system in others), None)
 
 
 def _refuse_twice(cells: Sequence[Cell]) -> None:

@@ -40,6 +40,8 @@ class Row:
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    depth: int | None = None
+    """Layers that were run, where not all were."""
 
     @property
     def label(self) -> str:
@@ -110,6 +112,7 @@ def rows_of(cells: Sequence[Cell], found: Statistics, metrics: Sequence[str], ve
                 Row(
                     cell.system.name, cell.width, cell.code, cell.bytes, trained, metric, value, low, high,
                     *found.share(cell.label, whole, metric), other if gap[0] is not None else None, *gap,
+                    cell.system.depth,
                 )
             )  # fmt: skip
     return rows

@@ -30,6 +30,8 @@ class System:
     """The widths at which this system is measured."""
     trained: frozenset[int] | None = None
     """The widths it was trained at; None where training has no meaning (a projection)."""
+    depth: int | None = None
+    """Layers that were run, where not all were."""
 
     @property
     def full(self) -> int:

@@ -44,14 +44,14 @@ def over_depths(
     ):
         own = [column[:, place, : nesting.D] for column in columns_BKD]
         try:
-            value, found_here = loss(own, nesting)
+            value, values = loss(own, nesting)
+            if place < len(depths) - 1 and depths.align:
+                deepest = torch.cat([column[:, -1, : nesting.D] for column in columns_BKD])
+                value = value + depths.align * nested_distill(
+                    torch.cat(own), deepest, nesting=nesting, kind=depths.alignment, temperature=depths.temperature
+                )
         except InputError as error:
             raise InputError(f"depth {depth}: {error}") from error
-        found[depth] = (nesting, found_here)
-        if place < len(depths) - 1 and depths.align:
-            deepest = torch.cat([column[:, -1, : nesting.D] for column in columns_BKD])
-            value = value + depths.align * nested_distill(
-                torch.cat(own), deepest, nesting=nesting, kind=depths.alignment, temperature=depths.temperature
-            )
+        found[depth] = (nesting, values)
         total = total + weight * value
     return total, found

@@ -38,6 +38,7 @@ def described(service: Service, name: str) -> dict[str, Any]:
         "backend": service.engine.name,
         "revision": service.choice.digest,
         "quality": list(service.card.scores),
+        "quality_by_depth": list(service.card.depth_scores),
     }
 
 

@@ -141,7 +141,7 @@ class Batcher:
         Raises:
             OverloadedError: nothing of the request was queued.
         """
-        keys = [array("l", one.ids).tobytes() for one in inputs]
+        keys = [array("l", [one.depth or 0, *one.ids]).tobytes() for one in inputs]
         fresh = {key: one for key, one in zip(keys, inputs, strict=True) if key not in self._flying}
         self.refuse_overload(sum(len(one.ids) for one in fresh.values()))
         vectors = np.empty((len(inputs), self._engine.width), np.float32)

@@ -157,7 +157,7 @@ class Endpoint:
     def _note(self, call: Call, status: int) -> None:
         """Count and log; texts only where the operator asked for them."""
         service, seconds = self.service, time.monotonic() - call.began
-        service.metrics.answered(self.name, status, seconds, call.width)
+        service.metrics.answered(self.name, status, seconds, call.width, call.depth)
         if not service.settings.access_log:
             return
         fields: dict[str, Any] = {

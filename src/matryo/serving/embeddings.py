@@ -2,6 +2,7 @@
 
 import base64
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ async def embeddings(service: Service, call: Call) -> Answer:
     else:
         call.texts = asked.texts
         inputs = await service.tokens(asked.texts, asked.prompt)
+    if asked.depth is not None:
+        call.depth = asked.depth
+        inputs = [replace(one, depth=asked.depth) for one in inputs]
     rows = await service.encode(call, service.fitted(inputs, asked.cut, "input"), asked.width, "input")
     began = time.monotonic()
     codes, scales = coded(rows, asked.dtype)

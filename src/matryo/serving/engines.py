@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ class Tokens:
     ids: Ids
     text: str | None
     """The text behind the ids, for engines that tokenise anew; None for input that came as ids."""
+    depth: int | None = None
+    """Layers to run; None for all of them."""
 
 
 class Engine(Protocol):
@@ -40,7 +42,7 @@ class Engine(Protocol):
     pads: bool
     """Whether a batch costs as much as its longest input times its size."""
     layers: int | None
-    """Layers of the model, all of which are run; None where it has none, or does not say."""
+    """Layers of the model; None where it has none, or does not say."""
     inline_tokens: int
     """A batch of at most so many tokens is over sooner than another thread could have started on it."""
     vocabulary: int | None
@@ -53,7 +55,7 @@ class Engine(Protocol):
         """The first tokens of an input, special ones kept, `length` in all."""
 
     def vectors(self, batch: Sequence[Tokens]) -> Float32s:
-        """(N, D) float32, not normalised, in order. An input's row does not depend on the others."""
+        """(N, D) float32, not normalised, in order, each of its input's depth. A row does not depend on the others."""
 
 
 class StaticEngine:
@@ -115,7 +117,8 @@ class PlainEngine:
     vocabulary: int | None = None
 
     def __init__(self, model: Model) -> None:
-        self._encoder, self._inner = model.encoder, getattr(model.encoder, "model", None)
+        self._model, self._encoder = model, model.encoder
+        self._inner = getattr(model.encoder, "model", None)
         self.name = "toy" if self._inner is None else "torch"
         self.width = model.width
         self.max_tokens: int | None = getattr(self._inner, "max_seq_length", None)
@@ -134,7 +137,12 @@ class PlainEngine:
         return ids[:length]  # the encoder cuts the text itself, at the same length
 
     def vectors(self, batch: Sequence[Tokens]) -> Float32s:
-        return self._encoder.vectors([one.text or "" for one in batch], max(1, len(batch)), False)
+        rows = np.empty((len(batch), self.width), dtype=np.float32)
+        for depth in {one.depth for one in batch}:
+            places = [n for n, one in enumerate(batch) if one.depth == depth]
+            encoder: Any = self._encoder if depth is None else self._model.at(depth).encoder
+            rows[places] = encoder.vectors([batch[n].text or "" for n in places], len(places), False)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,8 @@ def _exported(folder: Path, backend: str, threads: int) -> Choice:
     engine = OnnxEngine(encoder, "openvino" if backend == "openvino" else "onnx", layers_of(folder))
     reason = "as asked" if backend != "auto" else f"an export ({about.precision}) runs on onnxruntime, without torch"
     default = about.prompts.get(about.default_prompt or "", "")
-    card = model_of(encoder, read_card(folder), folder).card
+    # An export is the graph of one depth.
+    card = replace(model_of(encoder, read_card(folder), folder).card, depths=None)
     return Choice(engine, card, about.prompts, default, reason, fingerprint(str(folder)).get("blake2b"))
 
 

@@ -51,6 +51,8 @@ class EmbeddingsRequest:
     prompt: str | None
     cut: bool
     """Cut inputs that are too long, where it would otherwise be an error."""
+    depth: int | None = None
+    """Layers to run; None for all of them."""
 
 
 def read_json(body: bytes) -> Fields:
@@ -91,9 +93,10 @@ def read_embeddings(fields: Fields, allowed: Allowed) -> EmbeddingsRequest:
     if "binary" in dtype and width % 8:
         near = max(8, width // 8 * 8)
         raise invalid("output_dtype", f"Binary codes need a width that is a multiple of 8, got {width}; try {near}.")
-    _depth(fields, allowed)
+    depth = _depth(fields, allowed)
     cut = one_of(fields, "truncate", ("none", "end")) == "end"
-    return EmbeddingsRequest(model, texts, ids, width, dtype, encoding == "base64", _prompt(fields, allowed), cut)
+    base64, prompt = encoding == "base64", _prompt(fields, allowed)
+    return EmbeddingsRequest(model, texts, ids, width, dtype, base64, prompt, cut, depth)
 
 
 def read_model(fields: Fields, allowed: Allowed) -> str:
@@ -125,14 +128,15 @@ def read_width(fields: Fields, allowed: Allowed) -> int:
     return int(width)
 
 
-def _depth(fields: Fields, allowed: Allowed) -> None:
+def _depth(fields: Fields, allowed: Allowed) -> int | None:
+    """The layers asked for, or None for all of them."""
     value = fields.get("depth")
     if value is None:
-        return
+        return None
     if allowed.depths is None:
         raise invalid("depth", "This model has no layers to choose from; leave 'depth' out.")
     if type(value) is int and value in allowed.depths:
-        return
+        return None if value == allowed.depths[-1] else value
     if len(allowed.depths) == 1:
         whole = allowed.depths[0]
         raise invalid("depth", f"This model was trained at its full depth only: 'depth' must be {whole}, or left out.")

@@ -40,19 +40,22 @@ class Metrics:
         self.padded_tokens = Counter("matryo_batch_tokens_padded", "Tokens run, with padding", **more)
         self.queue = Gauge("matryo_queue_tokens", "Tokens that wait for the model", **live)
         self.flying = Gauge("matryo_requests_in_flight", "Requests being answered", **live)
-        self._latencies: dict[tuple[str, str], Any] = {}
+        self._latencies: dict[tuple[str, str, str], Any] = {}
         self._answers: dict[tuple[str, int], Any] = {}
 
-    def answered(self, endpoint: str, status: int, seconds: float, width: int | None) -> None:
+    def answered(
+        self, endpoint: str, status: int, seconds: float, width: int | None, depth: int | None = None
+    ) -> None:
         """Count one answer."""
         counter = self._answers.get((endpoint, status))
         if counter is None:
             counter = self._answers[endpoint, status] = self.requests.labels(endpoint, str(status))
         counter.inc()
         label = "none" if width is None else str(width) if width in self._trained else "other"
-        timer = self._latencies.get((endpoint, label))
+        layers = "full" if depth is None else str(depth)
+        timer = self._latencies.get((endpoint, label, layers))
         if timer is None:
-            timer = self._latencies[endpoint, label] = self.latency.labels(endpoint, label, "full")
+            timer = self._latencies[endpoint, label, layers] = self.latency.labels(endpoint, label, layers)
         timer.observe(seconds)
 
     def watch(self) -> Watch:

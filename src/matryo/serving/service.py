@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class Call:
     body: bytes = b""
     key: Key | None = None
     width: int | None = None
+    depth: int | None = None
+    """Layers that are run; None for all of them."""
     inputs: int = 0
     tokens: int = 0
     timing: dict[str, float] = field(default_factory=dict)
@@ -157,7 +159,7 @@ class Service:
                         '"truncate": "end" to have it cut.',
                         "context_length_exceeded",
                     )
-                inputs[n] = Tokens(self.engine.cut(one.ids, most), one.text)
+                inputs[n] = replace(one, ids=self.engine.cut(one.ids, most))
         total, limit = sum(len(one.ids) for one in inputs), self.settings.max_request_tokens
         if total > limit:
             raise invalid(param, f"The request has {total} tokens; at most {limit} are allowed.", "too_many_tokens")

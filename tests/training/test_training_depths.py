@@ -1,0 +1,277 @@
+"""Layers x widths: training, the folder, encoding, evaluation and export of a small transformer of four layers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import matryo as mt
+from matryo import Nesting
+from matryo.cli import main
+from matryo.core.depths import DepthNesting, DepthSampler
+from matryo.core.errors import InputError
+from matryo.core.records import Retrieval
+from matryo.encoders import load
+from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
+from matryo.encoders.smaller import export_smaller
+from matryo.losses import nested_distill, nested_info_nce
+from matryo.training import TrainConfig, train
+from matryo.training.objective import NestedObjective, Part
+
+WIDTHS = (8, 16, 32)
+TEXTS = ["a puzzle game for the terminal", "mail server", "a library for sounds of every kind", "fonts"]
+
+
+def small_bert(folder, tokenizer_of, layers=4):
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_of))
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **sizes)
+        inner = folder.with_name(f"{folder.name}-inner")
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(inner)
+    tokenizer.save_pretrained(inner)
+    modules = [Transformer(str(inner), max_seq_length=24), Pooling(32), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(minilm, tmp_path_factory):
+    return small_bert(tmp_path_factory.mktemp("bert") / "small", minilm)
+
+
+@pytest.fixture
+def config(config, base):
+    def make(out="model", **options):
+        plain = {"base": str(base), "widths": WIDTHS, "epochs": 1, "learning_rate": 1e-3, "save_steps": None}
+        return config(out, **{**plain, **options})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two_d(base, pairs_file, dev_folder, tmp_path_factory):
+    """A model trained at depths 2 and 4."""
+    out = tmp_path_factory.mktemp("2d") / "model"
+    train(
+        TrainConfig(
+            pairs=pairs_file, out=out, base=str(base), widths=WIDTHS, epochs=1, batch_size=40, learning_rate=1e-3,
+            depths=(2, 4), dev=dev_folder,
+        )
+    )  # fmt: skip
+    return out
+
+
+def objective(base, depths, **options):
+    model = SentenceTransformerEncoder.load(str(base), "cpu").model.eval()
+    part = Part("info_nce", {"temperature": 0.05}, Nesting(WIDTHS))
+    return NestedObjective(model, Nesting(WIDTHS), {"pairs": part}, depths=depths, **options)
+
+
+def features(model):
+    return [model.preprocess(TEXTS), model.preprocess(TEXTS[::-1])]
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_the_objective_is_the_sum_over_depths_of_cut_encoders(base, mini_batch_size):
+    depths = DepthNesting.of([1, 3, 4], Nesting(WIDTHS), [0.5, 1, 2], align=0.3)
+    made = objective(base, depths, mini_batch_size=mini_batch_size)
+    total, found = made(features(made.model), None)
+    total.backward()
+    mine = {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
+
+    slow = SentenceTransformerEncoder.load(str(base), "cpu")
+    slow.model.eval()
+    whole = [slow.model(f)["sentence_embedding"] for f in features(slow.model)]
+    expected = torch.zeros(())
+    for depth, weight in zip(depths.depths, depths.weights, strict=True):
+        low = slow.at(depth).model.eval()
+        own = [low(f)["sentence_embedding"] for f in features(low)]
+        expected = expected + weight * nested_info_nce(*own, nesting=Nesting(WIDTHS), temperature=0.05)
+        if depth < 4:
+            target = torch.cat([x.detach() for x in whole])
+            expected = expected + weight * 0.3 * nested_distill(
+                torch.cat(own), target, nesting=Nesting(WIDTHS), kind="kl", temperature=0.3
+            )
+    expected.backward()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    theirs = {name: p.grad for name, p in slow.model.named_parameters() if p.grad is not None}
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert list(found) == [1, 3, 4]
+
+
+def test_drawn_depths_change_from_step_to_step(base):
+    depths = DepthNesting.of([1, 2, 3, 4], Nesting(WIDTHS))
+    made = objective(base, DepthSampler(depths, 2, seed=0))
+    drawn = [tuple(made(features(made.model), None, step=step)[1]) for step in range(6)]
+    assert all(len(d) == 2 and d[-1] == 4 for d in drawn)
+    assert len(set(drawn)) > 1
+
+
+def test_pairs_of_depth_and_width_train_no_other_widths(base):
+    depths = DepthNesting.of([2, 4], Nesting(WIDTHS), widths=[[8], [8, 32]], align=0)
+    made = objective(base, depths)
+    _, found = made(features(made.model), None)
+    assert [nesting.widths for nesting, _ in found.values()] == [(8,), (8, 32)]
+
+
+def test_the_folder_says_its_depths_and_encodes_at_each(two_d, base):
+    model = load(two_d, "cpu")
+    assert model.depths == (2, 4)
+    assert {row["depth"] for row in model.card.depth_scores} == {2}
+    assert [row["width"] for row in model.card.depth_scores] == list(WIDTHS)
+    low = model.encode(TEXTS, width=16, depth=2)
+    from sentence_transformers import SentenceTransformer
+
+    plain = SentenceTransformer(str(two_d), device="cpu")
+    plain[0].auto_model.encoder.layer = plain[0].auto_model.encoder.layer[:2]
+    expected = plain.encode(TEXTS, truncate_dim=16, normalize_embeddings=True)
+    np.testing.assert_allclose(low, expected, atol=1e-6)
+    np.testing.assert_array_equal(model.encode(TEXTS, depth=4), model.encode(TEXTS))
+    assert np.abs(model.encode(TEXTS, depth=2) - model.encode(TEXTS)).max() > 1e-3
+    assert model.at(2).card.scores[0]["width"] == 8
+    for depth in (1, 3, 5, 0):
+        with pytest.raises(InputError, match=rf"depth {depth} was not trained; this model has depths \[2, 4\]"):
+            model.encode(TEXTS, depth=depth)
+    with pytest.raises(InputError, match="int8 ranges for all its layers, not for 2"):
+        model.encode(TEXTS, depth=2, code="int8")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(config):
+    options = {"depths": {"depths": (1, 2, 4), "sample": 2}, "save_steps": 2}
+    whole = train(config("whole", **options))
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(step):
+        if step.step == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config("cut", **options), report=stop)
+    again = train(config("cut", **options), resume=True)
+    np.testing.assert_array_equal(whole.encode(TEXTS, depth=2), again.encode(TEXTS, depth=2))
+
+
+def test_losses_of_every_depth_are_reported(config):
+    seen = []
+    train(config(depths="all", batch_size=10), report=lambda step: step.losses and seen.append(step.data))
+    assert {"depth 1", "depth 2", "depth 3", "depth 4"} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"depths": (2, 6)}, "the depths end at 6 but the encoder has 4 layers; end them with 4"),
+        ({"depths": (2, 3)}, "the depths end at 3 but the encoder has 4 layers"),
+        ({"depths": {"depths": (2, 4), "widths": ((8,), (8, 16))}}, "the last depth must train the full width 32"),
+        ({"depths": {"depths": (2, 4), "widths": ((8,),)}}, "2 depths need 2 lists of widths, got 1"),
+        ({"depths": {"depths": (2, 4), "sample": 3}}, "keep must be an integer in 2..2"),
+        ({"depths": {"sample": 1}}, "depths.sample: .* greater than or equal to 2, got 1"),
+        ({"depths": {"alignment": "l1"}}, "depths.alignment: .*'kl', 'cosine', 'mse' or 'similarity'"),
+        ({"depths": {"depth": 2}}, "allowed: depths, weights, widths, sample, align"),
+        ({"depths": (2, 4), "base": None}, "a static encoder has no layers"),
+        (
+            {"depths": {"depths": (2, 4), "widths": ((8,), (32,))}, "sample_widths": 2},
+            "both choose the widths; drop one",
+        ),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(config, options, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        train(config("refused", **options))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_pairs_and_a_head_do_not_go_together(config, row_files):
+    options = {"pairs": row_files["labelled"], "loss": "cross_entropy"}
+    with pytest.raises(InputError, match="loss 'cross_entropy' has a head of full width; leave the widths of each"):
+        train(config(depths={"depths": (2, 4), "widths": ((8,), (8, 16, 32))}, **options))
+
+
+def test_other_losses_at_several_depths(config, row_files):
+    for loss in ("cosent", "cross_entropy", "triplet"):
+        kind = {"cosent": "scored", "cross_entropy": "labelled", "triplet": "triplets"}[loss]
+        model = train(config(loss, pairs=row_files[kind], loss=loss, depths=(2, 4), max_steps=2))
+        assert model.depths == (2, 4)
+
+
+def test_evaluate_fills_the_grid(two_d, dev_folder, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    assert main(["eval", str(two_d), str(dev_folder), "--split", "dev", "--report", str(page), "--resamples", "50",
+                 "--codes", "float32", "--json"]) == 0  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    grid = {(row["depth"], row["width"]): row["value"] for row in rows if row["model"].startswith(str(two_d))}
+    assert {depth for depth, _ in grid} == {None, 2}
+    model = load(two_d, "cpu")
+    low = mt.evaluate((*(model.encode(t, depth=2) for t in _texts(dev_folder)),), _task(dev_folder), WIDTHS)
+    assert {row.width: row.value for row in low.select(model="vectors") if row.width in WIDTHS} == {
+        width: value for (depth, width), value in grid.items() if depth == 2 and width in WIDTHS
+    }
+    text = page.read_text()
+    assert "Depth and width" in text
+    assert "2 layers" in text
+    assert main(["eval", str(two_d), str(dev_folder), "--split", "dev", "--depths", "3"]) == 2
+    assert "depth 3 is not among the model's depths; the model offers [2, 4]" in capsys.readouterr().err
+
+
+def _task(folder) -> Retrieval:
+    from matryo.evaluation import read_task
+
+    return read_task(folder, "dev")
+
+
+def _texts(folder):
+    task = _task(folder)
+    return task.queries, task.texts
+
+
+def test_export_of_a_sub_network_is_a_plain_folder(two_d, tmp_path, capsys):
+    from sentence_transformers import SentenceTransformer
+
+    out = tmp_path / "small"
+    assert main(["export", str(two_d), "--depth", "2", "--width", "16", "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["depth"], said["layers"], said["width"]) == (2, 4, 16)
+    assert said["difference"] < 1e-5
+    assert said["speedup"] > 0
+    model = load(two_d, "cpu")
+    expected = model.encode(TEXTS, width=16, depth=2)
+    np.testing.assert_allclose(SentenceTransformer(str(out), device="cpu").encode(TEXTS), expected, atol=1e-5)
+    made = load(out, "cpu")
+    assert (made.width, made.nesting.widths, made.depths) == (16, (8, 16), None)
+    assert made.encoder.layers.count == 2
+    np.testing.assert_allclose(made.encode(TEXTS, width=8), model.encode(TEXTS, width=8, depth=2), atol=1e-5)
+    assert made.card.training["cut"]["depth"] == 2
+    with pytest.raises(InputError, match="is there already"):
+        export_smaller(two_d, out, depth=2)
+    with pytest.raises(InputError, match=r"depth 3 was not trained; this model has depths \[2, 4\]"):
+        export_smaller(two_d, tmp_path / "other", depth=3)
+    assert main(["export", str(two_d), "--depth", "2", "--onnx", str(tmp_path / "x")]) == 2
+    assert "--depth writes a sentence-transformers folder" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_export_of_the_whole_width(two_d, tmp_path):
+    found = export_smaller(two_d, tmp_path / "low", depth=2, texts=TEXTS)
+    assert found["width"] == 32
+    assert len(load(tmp_path / "low", "cpu").encoder.model) == 3
+
+
+def test_command_line_takes_depths(base, pairs_file, tmp_path, capsys):
+    common = ["train", str(pairs_file), "--base", str(base), "--widths", "8,32", "--batch-size", "40", "--max-steps", "1"]
+    for n, (text, expected) in enumerate([("2,4", (2, 4)), ("all", (1, 2, 3, 4)), ("{depths: [3, 4]}", (3, 4))]):
+        out = tmp_path / str(n)
+        assert main([*common, "--depths", text, "--out", str(out)]) == 0
+        assert load(out).depths == expected
+    assert main([*common, "--depths", "two", "--out", str(tmp_path / "no")]) == 2
+    assert "--depths takes numbers" in capsys.readouterr().err
