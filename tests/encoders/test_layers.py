@@ -131,7 +131,7 @@ def test_training_mode_and_hooks_are_left_as_they_were(build):
 
 
 def test_an_encoder_whose_layers_cannot_be_cut_is_named(build):
-    with pytest.raises(InputError, match=r"AlbertModel has no single list of its 4 layers.*depths work for BERT") as caught:
+    with pytest.raises(InputError, match=r"AlbertModel has no single list of its 4 .*depths work for BERT") as caught:
         Layers(build("AlbertConfig"))
     assert "\n" not in str(caught.value)
 
@@ -141,6 +141,7 @@ def test_an_encoder_that_goes_on_after_its_layers_is_refused(build):
     model = build("BertConfig")
     backbone = model[0].auto_model
     inner = backbone.forward
+
     # As an encoder would that mixes in its input once more at the end.
     def forward(*args, **kwargs):
         out = inner(*args, **kwargs)

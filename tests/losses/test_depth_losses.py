@@ -81,7 +81,7 @@ def test_columns_of_other_depths_are_refused():
 def test_an_error_names_the_depth():
     given = [x.detach() for x in columns()]
     given[0][2, 1, 3] = torch.nan
-    with pytest.raises(InputError, match="depth 3: .*row 2"):
+    with pytest.raises(InputError, match=r"depth 3: .*row 2"):
         over_depths(info_nce, given, DepthNesting.of([2, 3, 5], WIDTHS))
 
 

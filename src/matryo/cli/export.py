@@ -42,8 +42,8 @@ def export(
     if depth is not None:
         if out is None or onnx is not None or int8 or code is not None:
             raise InputError(
-                "--depth writes a sentence-transformers folder: give --out FOLDER, and --width if fewer dimensions will "
-                "do; export that folder with --onnx, or with --width and --code, in a second step"
+                "--depth writes a sentence-transformers folder: give --out FOLDER, and --width for fewer dimensions; "
+                "export that folder with --onnx, or with --width and --code, in a second step"
             )
         found, lines = _lower(model, out, depth=depth, width=width, texts=judges)
     elif out is not None and onnx is None:

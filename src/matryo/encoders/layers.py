@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matryo.core.errors import InputError
 
-KINDS = "BERT, MPNet, DistilBERT, RoBERTa, DeBERTa, ModernBERT, Qwen, Llama, Gemma and others that keep a list of blocks"
+KINDS = "BERT, MPNet, RoBERTa, DeBERTa, ModernBERT, Qwen, Llama, Gemma and others that keep a list of blocks"
 COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 """Names a configuration gives the number of blocks."""
 TOLERANCE = 1e-6
@@ -78,11 +78,8 @@ class Layers:
         first: dict[str, Any] = {}
         with ExitStack() as stack:
             for depth in set(depths) - {self.count}:
-                block = self._blocks[depth - 1]
-                hook = block.register_forward_hook(lambda _m, _i, out, depth=depth: seen.__setitem__(depth, _hidden(out)))
-                stack.callback(hook.remove)
-            hook = self.model[0].register_forward_hook(lambda _m, _i, out: first.update(out))
-            stack.callback(hook.remove)
+                stack.callback(self._blocks[depth - 1].register_forward_hook(_into(seen, depth)).remove)
+            stack.callback(self.model[0].register_forward_hook(lambda _m, _i, out: first.update(out)).remove)
             whole = self.model(features)["sentence_embedding"]
         made = [whole if depth == self.count else self._finish(first, seen[depth]) for depth in depths]
         return torch.stack(made, dim=1)
@@ -174,7 +171,8 @@ def _place_of_blocks(backbone: Any) -> str:
             f"{type(backbone).__name__} has no single list of its {said if said else ''} layers (those of ALBERT share "
             f"one, for example), so they cannot be cut; depths work for {KINDS}".replace("  ", " ")
         )
-    return outer[0]
+    place: str = outer[0]
+    return place
 
 
 def _shorten(config: Any, count: int, depth: int) -> None:
@@ -185,6 +183,15 @@ def _shorten(config: Any, count: int, depth: int) -> None:
     for name in COUNTS:
         if getattr(config, name, None) == count:
             setattr(config, name, depth)
+
+
+def _into(seen: dict[int, Any], depth: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps what a block gives."""
+
+    def keep(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        seen[depth] = _hidden(out)
+
+    return keep
 
 
 def _hidden(out: Any) -> Any:

@@ -112,8 +112,8 @@ class Model:
         if code == "int8":
             if model is not self:
                 raise InputError(
-                    f"the model holds int8 ranges for all its layers, not for {depth}; encode as float32 and fit a codec "
-                    "on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
+                    f"the model holds int8 ranges for all its layers, not for {depth}; encode as float32 and fit a "
+                    "codec on your own vectors: matryo.core.codecs.codec('int8', width).fit(vectors)"
                 )
             if width not in self.card.int8_scales:
                 known = ", ".join(map(str, sorted(self.card.int8_scales))) or "none"

@@ -118,8 +118,8 @@ def _compare(model: Model, made: Model, depth: int, width: int, texts: list[str]
     difference = float(np.abs(own - theirs).max())
     if not difference <= TOLERANCE:
         raise InputError(
-            f"the exported vectors differ from the model's by {difference:.1e} where {TOLERANCE} is allowed; is part of "
-            "the model kept outside its modules?"
+            f"the exported vectors differ from the model's by {difference:.1e} where {TOLERANCE} is allowed; is part "
+            "of the model kept outside its modules?"
         )
     timed = (texts * -(-TIMED // len(texts)))[:TIMED]
     seconds: dict[int, list[float]] = {0: [], 1: []}

@@ -112,7 +112,7 @@ def rows_of(cells: Sequence[Cell], found: Statistics, metrics: Sequence[str], ve
                 Row(
                     cell.system.name, cell.width, cell.code, cell.bytes, trained, metric, value, low, high,
                     *found.share(cell.label, whole, metric), other if gap[0] is not None else None, *gap,
-                    cell.system.depth,
+                    depth=cell.system.depth,
                 )
             )  # fmt: skip
     return rows

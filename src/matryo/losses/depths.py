@@ -39,9 +39,7 @@ def over_depths(
             raise InputError(f"columns must be (B, {len(depths)}, D), one for each depth, got {tuple(column.shape)}")
     total = torch.zeros((), device=columns_BKD[0].device)
     found: Values = {}
-    for place, (depth, weight, nesting) in enumerate(
-        zip(depths.depths, depths.weights, depths.nestings, strict=True)
-    ):
+    for place, (depth, weight, nesting) in enumerate(zip(depths.depths, depths.weights, depths.nestings, strict=True)):
         own = [column[:, place, : nesting.D] for column in columns_BKD]
         try:
             value, values = loss(own, nesting)

@@ -43,9 +43,7 @@ class Metrics:
         self._latencies: dict[tuple[str, str, str], Any] = {}
         self._answers: dict[tuple[str, int], Any] = {}
 
-    def answered(
-        self, endpoint: str, status: int, seconds: float, width: int | None, depth: int | None = None
-    ) -> None:
+    def answered(self, endpoint: str, status: int, seconds: float, width: int | None, depth: int | None = None) -> None:
         """Count one answer."""
         counter = self._answers.get((endpoint, status))
         if counter is None:

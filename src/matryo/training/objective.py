@@ -138,7 +138,7 @@ class NestedObjective(nn.Module):
         mini_batch_size: int | None = None,
         depths: DepthNesting | DepthSampler | None = None,
     ) -> None:
-        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step; likewise the depths.
+        """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step; so too the depths.
 
         Raises:
             InputError: depths of an encoder that has others, or whose layers cannot be cut; fixed pairs of depth and
@@ -154,7 +154,7 @@ class NestedObjective(nn.Module):
         self.mini_batch_size = mini_batch_size
         self.depths = depths
         self.layers = None if depths is None else Layers(model)
-        if self.layers is not None:
+        if depths is not None and self.layers is not None:
             self._check_depths(depths.depths if isinstance(depths, DepthSampler) else depths, self.layers.count)
 
     def _check_depths(self, depths: DepthNesting, layers: int) -> None:
@@ -189,7 +189,7 @@ class NestedObjective(nn.Module):
                 if self.sampler:
                     depths = depths.at(nesting)
                 total, each = over_depths(lambda own, its: part(Batch(own, labels, taught), its), columns, depths)
-                found.update(each)
+                found |= each
         except InputError as error:
             blame = _bad_row(columns)
             raise InputError(blame) if blame else error from error

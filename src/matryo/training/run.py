@@ -23,8 +23,8 @@ from matryo.core.prefix import Nesting
 from matryo.core.sampling import WidthSampler
 from matryo.encoders import Model, load
 from matryo.encoders.folder import CARD, disk_errors, module_types, write_card
-from matryo.encoders.model import Card
 from matryo.encoders.layers import Layers
+from matryo.encoders.model import Card
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder, check_device
 from matryo.encoders.static import StaticEncoder
 from matryo.training import processes
@@ -358,7 +358,6 @@ class _Run:
         write_readme(out, card, config)
         write_card(out, card)
         shutil.rmtree(self.work)
-
 
     def _depth_scores(self) -> list[dict[str, Any]]:
         """Dev scores of every width at the depths below the last, at the widths trained there."""

