@@ -108,6 +108,40 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_bert(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of four layers and 32 dimensions with random weights, in a sentence-transformers folder."""
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    inner, folder = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("models") / "bert"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm))
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **sizes)
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(inner)
+    tokenizer.save_pretrained(inner)
+    modules = [Transformer(str(inner), max_seq_length=24), Pooling(32), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_depths(
+    small_bert: Path, pairs_file: Path, dev_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """That encoder trained at 2 and 4 of its layers and at widths 8, 16 and 32."""
+    from matryo.training import TrainConfig, train
+
+    out = tmp_path_factory.mktemp("models") / "two-depths"
+    short = {"epochs": 1, "batch_size": 40, "learning_rate": 1e-3, "dev": dev_folder}
+    train(TrainConfig(pairs=pairs_file, out=out, base=str(small_bert), widths=(8, 16, 32), depths=(2, 4), **short))
+    return out
+
+
+@pytest.fixture(scope="session")
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the interpreter with some arguments; `python("-m", "matryo", ...)` is the command line."""
 

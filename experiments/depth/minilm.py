@@ -95,9 +95,9 @@ def main() -> None:
     parser.add_argument("--retrieval", type=Path, nargs="+", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=12800)
-    parser.add_argument("--cut", type=int, default=100, help="characters of a training text")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=5120)
+    parser.add_argument("--cut", type=int, default=80, help="characters of a training text")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--align", type=float, default=3.0)
@@ -123,10 +123,10 @@ def main() -> None:
     pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
     models = {name: mt.load(train(name, options, pairs, base), "cpu") for name in ("2d", "widths only")}
     models["start"] = mt.load(base, "cpu")
+    measured = (("2d", 6), ("2d", LOW), ("widths only", LOW), ("start", 6), ("start", LOW))
     table = {
-        (name, depth): scores(encoded(f"{name}-{depth}", model.encoder.at(depth), options), options)
-        for name, model in models.items()
-        for depth in (6, LOW)
+        (name, depth): scores(encoded(f"{name}-{depth}", models[name].encoder.at(depth), options), options)
+        for name, depth in measured
     }
     means, draws = {}, {}
     for key, sets in table.items():

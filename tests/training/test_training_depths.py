@@ -23,27 +23,9 @@ WIDTHS = (8, 16, 32)
 TEXTS = ["a puzzle game for the terminal", "mail server", "a library for sounds of every kind", "fonts"]
 
 
-def small_bert(folder, tokenizer_of, layers=4):
-    import transformers
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_of))
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, **sizes)
-        inner = folder.with_name(f"{folder.name}-inner")
-        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(inner)
-    tokenizer.save_pretrained(inner)
-    modules = [Transformer(str(inner), max_seq_length=24), Pooling(32), Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def base(minilm, tmp_path_factory):
-    return small_bert(tmp_path_factory.mktemp("bert") / "small", minilm)
+def base(small_bert):
+    return small_bert
 
 
 @pytest.fixture
@@ -53,19 +35,6 @@ def config(config, base):
         return config(out, **{**plain, **options})
 
     return make
-
-
-@pytest.fixture(scope="module")
-def two_d(base, pairs_file, dev_folder, tmp_path_factory):
-    """A model trained at depths 2 and 4."""
-    out = tmp_path_factory.mktemp("2d") / "model"
-    train(
-        TrainConfig(
-            pairs=pairs_file, out=out, base=str(base), widths=WIDTHS, epochs=1, batch_size=40, learning_rate=1e-3,
-            depths=(2, 4), dev=dev_folder,
-        )
-    )  # fmt: skip
-    return out
 
 
 def objective(base, depths, **options):
@@ -123,15 +92,15 @@ def test_pairs_of_depth_and_width_train_no_other_widths(base):
     assert [nesting.widths for nesting, _ in found.values()] == [(8,), (8, 32)]
 
 
-def test_the_folder_says_its_depths_and_encodes_at_each(two_d, base):
-    model = load(two_d, "cpu")
+def test_the_folder_says_its_depths_and_encodes_at_each(two_depths, base):
+    model = load(two_depths, "cpu")
     assert model.depths == (2, 4)
     assert {row["depth"] for row in model.card.depth_scores} == {2}
     assert [row["width"] for row in model.card.depth_scores] == list(WIDTHS)
     low = model.encode(TEXTS, width=16, depth=2)
     from sentence_transformers import SentenceTransformer
 
-    plain = SentenceTransformer(str(two_d), device="cpu")
+    plain = SentenceTransformer(str(two_depths), device="cpu")
     plain[0].auto_model.encoder.layer = plain[0].auto_model.encoder.layer[:2]
     expected = plain.encode(TEXTS, truncate_dim=16, normalize_embeddings=True)
     np.testing.assert_allclose(low, expected, atol=1e-6)
@@ -205,24 +174,24 @@ def test_other_losses_at_several_depths(config, row_files):
         assert model.depths == (2, 4)
 
 
-def test_evaluate_fills_the_grid(two_d, dev_folder, tmp_path, capsys):
+def test_evaluate_fills_the_grid(two_depths, dev_folder, tmp_path, capsys):
     page = tmp_path / "report.html"
-    assert run(["eval", str(two_d), str(dev_folder), "--split", "dev", "--report", str(page), "--resamples", "50",
+    assert run(["eval", str(two_depths), str(dev_folder), "--split", "dev", "--report", str(page), "--resamples", "50",
                  "--codes", "float32", "--json"]) == 0  # fmt: skip
     rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["metric"] == "nDCG@10"]
-    grid = {(row["depth"], row["width"]): row["value"] for row in rows if row["model"].startswith(str(two_d))}
+    grid = {(row["depth"], row["width"]): row["value"] for row in rows if row["model"].startswith(str(two_depths))}
     assert {depth for depth, _ in grid} == {None, 2}
-    model = load(two_d, "cpu")
+    model = load(two_depths, "cpu")
     low = mt.evaluate((*(model.encode(t, depth=2) for t in _texts(dev_folder)),), _task(dev_folder), WIDTHS)
     assert {row.width: row.value for row in low.select(model="vectors") if row.width in WIDTHS} == {
         width: value for (depth, width), value in grid.items() if depth == 2 and width in WIDTHS
     }
-    assert run(["eval", str(two_d), str(dev_folder), "--split", "dev", "--keep", "0.3", "--codes", "int8"]) == 0
+    assert run(["eval", str(two_depths), str(dev_folder), "--split", "dev", "--keep", "0.3", "--codes", "int8"]) == 0
     assert "keeps 30% (lower bound): " in capsys.readouterr().err
     text = page.read_text()
     assert "Depth and width" in text
     assert "2 layers" in text
-    assert run(["eval", str(two_d), str(dev_folder), "--split", "dev", "--depths", "3"]) == 2
+    assert run(["eval", str(two_depths), str(dev_folder), "--split", "dev", "--depths", "3"]) == 2
     assert "depth 3 is not among the model's depths; the model offers [2, 4]" in capsys.readouterr().err
 
 
@@ -237,16 +206,16 @@ def _texts(folder):
     return task.queries, task.texts
 
 
-def test_export_of_a_sub_network_is_a_plain_folder(two_d, tmp_path, capsys):
+def test_export_of_a_sub_network_is_a_plain_folder(two_depths, tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
 
     out = tmp_path / "small"
-    assert run(["export", str(two_d), "--depth", "2", "--width", "16", "--out", str(out), "--json"]) == 0
+    assert run(["export", str(two_depths), "--depth", "2", "--width", "16", "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["depth"], said["layers"], said["width"]) == (2, 4, 16)
     assert said["difference"] < 1e-5
     assert said["speedup"] > 0
-    model = load(two_d, "cpu")
+    model = load(two_depths, "cpu")
     expected = model.encode(TEXTS, width=16, depth=2)
     np.testing.assert_allclose(SentenceTransformer(str(out), device="cpu").encode(TEXTS), expected, atol=1e-5)
     made = load(out, "cpu")
@@ -255,16 +224,16 @@ def test_export_of_a_sub_network_is_a_plain_folder(two_d, tmp_path, capsys):
     np.testing.assert_allclose(made.encode(TEXTS, width=8), model.encode(TEXTS, width=8, depth=2), atol=1e-5)
     assert made.card.training["cut"]["depth"] == 2
     with pytest.raises(InputError, match="is there already"):
-        export_smaller(two_d, out, depth=2)
+        export_smaller(two_depths, out, depth=2)
     with pytest.raises(InputError, match=r"depth 3 was not trained; this model has depths \[2, 4\]"):
-        export_smaller(two_d, tmp_path / "other", depth=3)
-    assert run(["export", str(two_d), "--depth", "2", "--onnx", str(tmp_path / "x")]) == 2
+        export_smaller(two_depths, tmp_path / "other", depth=3)
+    assert run(["export", str(two_depths), "--depth", "2", "--onnx", str(tmp_path / "x")]) == 2
     assert "--depth writes a sentence-transformers folder" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 
 
-def test_export_of_the_whole_width(two_d, tmp_path):
-    found = export_smaller(two_d, tmp_path / "low", depth=2, texts=TEXTS)
+def test_export_of_the_whole_width(two_depths, tmp_path):
+    found = export_smaller(two_depths, tmp_path / "low", depth=2, texts=TEXTS)
     assert found["width"] == 32
     assert len(load(tmp_path / "low", "cpu").encoder.model) == 3
 
