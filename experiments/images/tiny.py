@@ -1,6 +1,6 @@
 """The paper's first experiment at the scale of one core: MRL, MRL-E and one fixed-feature model per width.
 
-    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--until HH:MM]
+    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--epochs 20] [--precision float32] [--until HH:MM]
 
 DATA holds train.parquet and val.parquet (image, label). Every model has the same backbone, recipe and epochs. A
 finished model is one row of results/tiny.jsonl and is not trained again; one that was stopped goes on from its last
@@ -30,7 +30,7 @@ BACKBONE = {
     "embedding_size": 32,
     "hidden_sizes": [32, 64, 128],
     "depths": [1, 1, 1],
-    "layer_type": "basic",
+    "layer_type": "bottleneck",
 }
 RESULTS = Path(__file__).parent / "results" / "tiny.jsonl"
 
@@ -40,16 +40,16 @@ def jobs(seeds: int) -> list[tuple[str, int]]:
     return [(kind, seed) for seed in range(seeds) for kind in kinds]
 
 
-def config_of(kind: str, seed: int, epochs: int, scratch: Path) -> ImageConfig:
+def config_of(kind: str, seed: int, options: argparse.Namespace) -> ImageConfig:
     widths = (int(kind.removeprefix("ff-")),) if kind.startswith("ff-") else WIDTHS
     return ImageConfig(
-        out=scratch / f"{kind}-{seed}",
+        out=options.scratch / f"{kind}-{seed}",
         network=NetworkConfig(BACKBONE, width=widths[-1], stem="half"),
         widths=widths,
         tied=kind == "mrl-e",
-        epochs=epochs,
+        epochs=options.epochs,
         label_smoothing=0.1,
-        precision="bfloat16",
+        precision=options.precision,
         seed=seed,
     )
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 where it is fast")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--until", help="stop after the epoch that ends past this time of day, HH:MM")
     options = parser.parse_args()
@@ -98,7 +99,7 @@ def main() -> None:
         if (kind, seed, options.epochs) in done:
             continue
         print(kind, seed, flush=True)
-        config, began = config_of(kind, seed, options.epochs, options.scratch), time.perf_counter()
+        config, began = config_of(kind, seed, options), time.perf_counter()
         train_images(config, train, resume=True, report=report)
         spent = time.perf_counter() - began
         row = {"model": kind, "seed": seed, "epochs": options.epochs, "last_run_s": round(spent, 1)}

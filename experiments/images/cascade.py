@@ -1,0 +1,73 @@
+"""The cascade on the pictures of tiny.py: trained heads, thresholds from one half of val, figures from the other.
+
+    python experiments/images/cascade.py DATA --scratch SCRATCH [--models mrl mrl-e] [--seeds 3]
+
+The halves take turns, so every picture of val is measured once by thresholds that have not seen it. Cost counts every
+head that was evaluated. Targets are given as what may be lost of the full head's accuracy on the calibration half. One
+row per model, seed and target to results/cascade.jsonl, with the full head's own accuracy on the same pictures.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny import task_of
+
+import matryo as mt
+from matryo.classify import LinearHeads
+from matryo.encoders.images import read_pictures
+from matryo.training import load_head
+
+RESULTS = Path(__file__).parent / "results" / "cascade.jsonl"
+LOST = (0.0, 0.002, 0.01, 0.03)
+
+
+def halves(vectors: np.ndarray, labels: list[str]) -> list[tuple[np.ndarray, list[str]]]:
+    """The two halves of a set, in a fixed random order."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    parts = np.array_split(order, 2)
+    return [(vectors[part], [labels[n] for n in part]) for part in parts]
+
+
+def measured(heads: LinearHeads, parts: list[tuple[np.ndarray, list[str]]], lost: float) -> dict[str, float]:
+    """Accuracy and cost over both halves: of the cascade, and of the full head."""
+    none = [float("inf")] * (len(heads.widths) - 1)
+    full = mt.AdaptiveClassifier(heads, none)
+    found = []
+    for calibration, test in (parts, parts[::-1]):
+        target = full.measure(*calibration).accuracy - lost
+        made = mt.AdaptiveClassifier.fit(*calibration, calibration, heads=heads, target=target)
+        seen, whole = made.measure(*test), full.measure(*test)
+        found.append((seen.accuracy, whole.accuracy, seen.expected_width, seen.last_width))
+    accuracy, whole, expected, last = np.mean(found, axis=0)
+    return {"accuracy": accuracy, "full": whole, "expected_width": expected, "last_width": last}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["mrl", "mrl-e"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    val = read_pictures(options.data / "val.parquet", 32, cache=options.scratch)
+    labels = list(task_of(val, val).test_labels)
+    rows = []
+    for model in options.models:
+        for seed in range(options.seeds):
+            name = f"{model}-{seed}"
+            vectors = np.load(options.scratch / f"{name}-val.npy").astype(np.float32)
+            heads = LinearHeads.of(*load_head(options.scratch / name))
+            parts = halves(vectors, labels)
+            for lost in LOST:
+                rows.append({"model": model, "seed": seed, "lost": lost, **measured(heads, parts, lost)})
+                print(json.dumps(rows[-1]), flush=True)
+    options.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
