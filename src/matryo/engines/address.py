@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from matryo.core.errors import InputError
 from matryo.index.index import FROM_ENVIRONMENT
@@ -19,6 +19,7 @@ class Address:
     """One index in an engine.
 
     postgresql://user@host1:5432,host2:5433/database?table=docs&sslmode=verify-full
+    postgresql+shards://user@host1:5432,%2Frun%2Fpg2/database?table=docs
     qdrant://host:6334/docs           qdrant+edge:///folder/docs
     milvus://host:19530/docs          milvus+lite:///folder/file.db/docs
     """
@@ -35,9 +36,10 @@ class Address:
 
     def __str__(self) -> str:
         """The URL without its secret, which opens the same index."""
-        hosts = ",".join(host if port is None else f"{host}:{port}" for host, port in self.hosts)
-        user = f"{self.user}@" if self.user else ""
-        query = "&".join(f"{name}={value}" for name, value in {**self.options, "table": self.name}.items())
+        hosts = ",".join(_said(host) + ("" if port is None else f":{port}") for host, port in self.hosts)
+        user = f"{quote(self.user)}@" if self.user else ""
+        options = {**self.options, "table": self.name}
+        query = "&".join(f"{name}={quote(value, safe='/:,')}" for name, value in options.items())
         return f"{self.scheme}://{user}{hosts}/{self.path}?{query}"
 
     def clean(self, text: object) -> str:
@@ -106,5 +108,10 @@ def _hosts(text: str, shown: str) -> tuple[tuple[str, int | None], ...]:
             host, port = part, ""
         if port and not (port.isdecimal() and 0 < int(port) < 1 << 16):
             raise InputError(f"{shown}: port {port!r} is not a number from 1 to 65535")
-        found.append((unquote(host), int(port) if port else None))
+        found.append((unquote(host).removeprefix("[").removesuffix("]"), int(port) if port else None))
     return tuple(found)
+
+
+def _said(host: str) -> str:
+    """A host as a URL holds it: an IPv6 address in brackets, the slashes of a socket's folder encoded."""
+    return f"[{host}]" if ":" in host else quote(host, safe="")

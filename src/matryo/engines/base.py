@@ -55,6 +55,10 @@ class Can:
     """Whether a first stage may stop by itself, query by query."""
     kept: tuple[str, ...] = ("float16", "float32")
     """How full vectors may be stored."""
+    commits: bool = True
+    """Whether a batch is one commit; otherwise an error may leave a part of it, and repeating it completes it."""
+    ordered: bool = True
+    """Whether equal scores come in the order they were written; otherwise they come by id."""
 
 
 @dataclass(frozen=True)

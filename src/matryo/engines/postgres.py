@@ -54,6 +54,10 @@ EF_MOST = 1000
 PLAIN_BYTES = 6000
 """Vectors up to this size stay in their row's page, so that a rerank reads one page an item."""
 CODES = ("float32", "float16", "binary")
+READ = 10_000
+"""Ids read at a time."""
+SHARDS = "shards"
+"""In the note of a table that is a part of an index: which, of how many, of what index (see `postgres_shards`)."""
 
 
 class PostgresIndex(EngineIndex):
@@ -65,6 +69,8 @@ class PostgresIndex(EngineIndex):
 
     def __init__(self, address: Address, note: Note, read_only: bool) -> None:
         super().__init__(address, note, read_only)
+        self.tie = "row"
+        """Column that orders equal scores."""
         self._idle: list[psycopg.Connection[Any]] = []
         self._guard = threading.Lock()
 
@@ -104,41 +110,60 @@ class PostgresIndex(EngineIndex):
         return made
 
     def _make(self) -> None:
+        with self._transaction() as connection:
+            self.make_in(connection)
+
+    def make_in(self, connection: "psycopg.Connection[Any]") -> None:
+        """Make the index in a transaction of the caller's; an InputError if it is there already."""
         note, kind = self._note, words.TYPES[self._note.store]
         size = note.width * (2 if note.store == "float16" else 4)
-        with self._transaction() as connection:
-            _vector_extension(connection, self.address)
-            connection.execute(
-                sql.SQL("CREATE TABLE IF NOT EXISTS {} (name text PRIMARY KEY, note text NOT NULL)").format(NOTES)
+        _vector_extension(connection, self.address)
+        connection.execute(
+            sql.SQL("CREATE TABLE IF NOT EXISTS {} (name text PRIMARY KEY, note text NOT NULL)").format(NOTES)
+        )
+        taken = connection.execute("SELECT to_regclass(%s)", [f'"{self.address.name}"']).fetchone()
+        if taken is not None and taken[0] is not None:
+            raise InputError(
+                f"{self.address}: there is a table of this name already; open it with Index.open, or choose "
+                "another with ?table="
             )
-            taken = connection.execute("SELECT to_regclass(%s)", [f'"{self.address.name}"']).fetchone()
-            if taken is not None and taken[0] is not None:
-                raise InputError(
-                    f"{self.address}: there is a table of this name already; open it with Index.open, or choose "
-                    "another with ?table="
-                )
-            connection.execute(
-                sql.SQL(
-                    'CREATE TABLE {} (row bigint GENERATED ALWAYS AS IDENTITY, id text COLLATE "C" PRIMARY KEY, '
-                    "document text, metadata jsonb, vector {} NOT NULL)"
-                ).format(self._table, sql.SQL(f"{kind}({note.width})"))
+        connection.execute(
+            sql.SQL(
+                'CREATE TABLE {} (row bigint GENERATED ALWAYS AS IDENTITY, id text COLLATE "C" PRIMARY KEY, '
+                "document text, metadata jsonb, vector {} NOT NULL)"
+            ).format(self._table, sql.SQL(f"{kind}({note.width})"))
+        )
+        storage = "PLAIN" if size <= PLAIN_BYTES else "EXTERNAL"
+        connection.execute(sql.SQL("ALTER TABLE {} ALTER COLUMN vector SET STORAGE " + storage).format(self._table))
+        connection.execute(
+            sql.SQL("CREATE INDEX {} ON {} USING gin (metadata jsonb_path_ops)").format(
+                sql.Identifier(f"{self.address.name}_metadata"), self._table
             )
-            storage = "PLAIN" if size <= PLAIN_BYTES else "EXTERNAL"
-            connection.execute(sql.SQL("ALTER TABLE {} ALTER COLUMN vector SET STORAGE " + storage).format(self._table))
-            connection.execute(
-                sql.SQL("CREATE INDEX {} ON {} USING gin (metadata jsonb_path_ops)").format(
-                    sql.Identifier(f"{self.address.name}_metadata"), self._table
-                )
-            )
-            connection.execute(
-                sql.SQL("INSERT INTO {} VALUES (%s, %s)").format(NOTES), [self.address.name, note.as_text()]
-            )
+        )
+        connection.execute(sql.SQL("INSERT INTO {} VALUES (%s, %s)").format(NOTES), [self.address.name, note.as_text()])
+
+    def drop_in(self, connection: "psycopg.Connection[Any]") -> None:
+        """Take back, in a transaction of the caller's, what `make_in` made: only while the note is this very one."""
+        there = connection.execute("SELECT to_regclass('matryo_indexes')").fetchone()
+        if there is None or there[0] is None:
+            return
+        gone = connection.execute(
+            sql.SQL("DELETE FROM {} WHERE name = %s AND note = %s").format(NOTES),
+            [self.address.name, self._note.as_text()],
+        )
+        if gone.rowcount:
+            connection.execute(sql.SQL("DROP TABLE {}").format(self._table))
 
     @classmethod
     def _open(cls, path: str | Path, read_only: bool) -> Self:
         opened = cls(_address(path), Note(1, "1:float32", "float32"), read_only)
         try:
-            opened._latest()
+            part = opened._latest().extra.get(SHARDS)
+            if part is not None:
+                raise InputError(
+                    f"{opened.address} is shard {part['this'] + 1} of {part['of']} of one index; open it whole, with "
+                    "all its servers: postgresql+shards://host1,host2/database?table=..."
+                )
         except BaseException:
             opened.close()
             raise
@@ -219,9 +244,9 @@ class PostgresIndex(EngineIndex):
             self._set(connection, asked)
             for query in asked.units:
                 if asked.width is not None:
-                    statement, values = words.by_prefix(self._table, query, asked.width, asked.k, asked.where)
+                    statement, values = words.by_prefix(self._table, query, asked.width, asked.k, asked.where, self.tie)
                 else:
-                    statement, values = words.funnel(self._table, asked.plan, query, asked.k, asked.where)
+                    statement, values = words.funnel(self._table, asked.plan, query, asked.k, asked.where, self.tie)
                 cursors.append(connection.execute(statement, values))
         found = []
         for cursor in cursors:
@@ -301,6 +326,14 @@ class PostgresIndex(EngineIndex):
         with self._transaction() as connection:
             row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(self._table)).fetchone()
         return int(row[0]) if row else 0
+
+    def ids(self) -> Iterator[str]:
+        """Every id, in no order, never all in memory."""
+        with self._transaction() as connection, connection.cursor("matryo_ids") as cursor:
+            cursor.itersize = READ
+            cursor.execute(sql.SQL("SELECT id FROM {}").format(self._table))
+            for (key,) in cursor:
+                yield key
 
     def _sample(self, n: int, seed: int) -> tuple[list[str], Float32s]:
         with self._transaction() as connection:
@@ -440,9 +473,10 @@ def _connect(address: Address) -> "psycopg.Connection[Any]":
         if not timeout.isdecimal():
             raise InputError(f"{address}: statement_timeout must be whole milliseconds, got {timeout!r}")
         given["options"] = f"-c statement_timeout={timeout}"
+    ports = [port for _, port in address.hosts]
     parts: dict[str, str | None] = {
         "host": host,
-        "port": ",".join(str(port) for _, port in address.hosts if port),
+        "port": ",".join(str(port or "") for port in ports) if any(ports) else None,
         "dbname": address.path,
     }
     parts |= {"user": address.user, "password": address.secret}

@@ -45,8 +45,12 @@ def distance(stage: Stage, query_D: Float32s) -> Words:
     return sql.SQL("{} <=> %s::" + kind).format(expression(stage)), [prefix]
 
 
-def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: Condition | None) -> Words:
-    """One statement that answers one query: rows of (id, score, document, metadata as text), best first."""
+def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: Condition | None, tie: str) -> Words:
+    """One statement that answers one query: rows of (id, score, document, metadata as text), best first.
+
+    Args:
+        tie: column that orders equal scores, where the first stage is exact.
+    """
     full = len(query_D)
     exact = sql.SQL("(vector::vector({}) <#> %s::vector)").format(sql.Literal(full))
     text = list_text(query_D)
@@ -59,33 +63,33 @@ def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: 
     bound: list[Any] = []
     for n, stage in enumerate(stages):
         words, given = distance(stage, query_D)
-        tie = sql.SQL("" if stage.scan != "flat" else ", row")
+        then = sql.SQL("" if stage.scan != "flat" else ", {}").format(sql.Identifier(tie))
         keep, name = max(k, stage.keep or k), sql.Identifier(f"stage{n + 1}")
         parts.append(
             sql.SQL("{} AS MATERIALIZED (SELECT row, id, vector FROM {} {} ORDER BY {}{} LIMIT {})").format(
-                name, source, condition if n == 0 else sql.SQL(""), words, tie, sql.Literal(keep)
+                name, source, condition if n == 0 else sql.SQL(""), words, then, sql.Literal(keep)
             )
         )
         bound += (values if n == 0 else []) + given
         source = name
-    best = sql.SQL("best AS MATERIALIZED (SELECT row, id, {} AS far FROM {} {} ORDER BY far, row LIMIT {})").format(
-        exact, source, sql.SQL("") if stages else condition, sql.Literal(k)
+    best = sql.SQL("best AS MATERIALIZED (SELECT row, id, {} AS far FROM {} {} ORDER BY far, {} LIMIT {})").format(
+        exact, source, sql.SQL("") if stages else condition, sql.Identifier(tie), sql.Literal(k)
     )
     bound += [text, *([] if stages else values)]
     return sql.SQL(
         "WITH {} SELECT t.id, -best.far, t.document, t.metadata::text FROM best JOIN {} t USING (id) "
-        "ORDER BY best.far, best.row"
-    ).format(sql.SQL(", ").join([*parts, best]), table), bound
+        "ORDER BY best.far, {}"
+    ).format(sql.SQL(", ").join([*parts, best]), table, sql.Identifier("best", tie)), bound
 
 
-def by_prefix(table: sql.Identifier, query_D: Float32s, width: int, k: int, where: Condition | None) -> Words:
-    """One statement that answers by the exact cosines of the first `width` dimensions alone."""
+def by_prefix(table: sql.Identifier, query_D: Float32s, width: int, k: int, where: Condition | None, tie: str) -> Words:
+    """One statement that answers by the exact cosines of the first `width` dimensions alone; `tie` as in `funnel`."""
     words, given = distance(Stage(width, "float32"), query_D)
     condition, values = condition_of(where)
     return sql.SQL(
         "SELECT id, 1 - far, document, metadata::text FROM "
-        "(SELECT *, {} AS far FROM {} {} ORDER BY far, row LIMIT {}) best ORDER BY far, row"
-    ).format(words, table, condition, sql.Literal(k)), [*given, *values]
+        "(SELECT *, {} AS far FROM {} {} ORDER BY far, {} LIMIT {}) best ORDER BY far, {}"
+    ).format(words, table, condition, *[sql.Identifier(tie), sql.Literal(k), sql.Identifier(tie)]), [*given, *values]
 
 
 def list_text(row: Float32s) -> str:

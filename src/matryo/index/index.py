@@ -20,6 +20,7 @@ from matryo.index.report import CheckReport
 
 ENGINES = {
     "postgresql": ("matryo.engines.postgres", "PostgresIndex"),
+    "postgresql+shards": ("matryo.engines.postgres_shards", "PostgresShards"),
 }
 """Scheme of a URL -> where the index of that engine is defined. Names alone: this room stands below theirs."""
 FROM_ENVIRONMENT = "env:"
