@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,15 @@ class Postgres:
 
     def start(self) -> None:
         """After a crash: recover from the log, and let clients in again."""
+        import psycopg
+
         self.server.ensure_postgres_running()
+        for _ in range(300):
+            try:
+                return psycopg.connect(host=self.host, user="postgres", dbname="postgres").close()
+            except psycopg.OperationalError:
+                time.sleep(0.1)
+        raise TimeoutError(f"{self.folder} did not start")
 
     def stop(self) -> None:
         self.server.cleanup()
