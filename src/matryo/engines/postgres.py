@@ -41,6 +41,8 @@ OPTIONS = {
     "host": "folder of the server's socket, for a URL without a host",
     "sslmode": "as libpq: verify-full checks the server's certificate",
     "sslrootcert": "file of certificates",
+    "sslcert": "file of the client's own certificate",
+    "sslkey": "file of its key",
     "connect_timeout": "seconds",
     "statement_timeout": "milliseconds",
 }
@@ -54,6 +56,8 @@ EF_MOST = 1000
 PLAIN_BYTES = 6000
 """Vectors up to this size stay in their row's page, so that a rerank reads one page an item."""
 CODES = ("float32", "float16", "binary")
+GONE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""A machine that vanished from the network is noticed within a minute; one that is slow is waited for."""
 READ = 10_000
 """Ids read at a time."""
 SHARDS = "shards"
@@ -468,6 +472,7 @@ def _connect(address: Address) -> "psycopg.Connection[Any]":
     options = dict(address.options)
     host = options.pop("host", None) or ",".join(name for name, _ in address.hosts)
     given: dict[str, Any] = {"connect_timeout": options.pop("connect_timeout", "10"), "application_name": "matryo"}
+    given |= GONE
     timeout = options.pop("statement_timeout", None)
     if timeout is not None:
         if not timeout.isdecimal():
@@ -489,6 +494,13 @@ def _connect(address: Address) -> "psycopg.Connection[Any]":
             raise AccessError(
                 f"{address}: {said}; name the user in the URL and set {SECRET}, {SECRET}_FILE or PGPASSWORD"
             ) from error
+        if any(mark in said for mark in ("certificate", "does not support SSL", "private key")):
+            raise AccessError(
+                f"{address}: no encrypted connection ({said}); name the authority's certificates with sslrootcert= and "
+                "the host as its certificate does"
+            ) from error
+        if "invalid sslmode" in said:
+            raise InputError(f"{address}: {said}; verify-full checks all there is to check") from error
         if "database " in said and "does not exist" in said:
             raise InputError(f"{address}: {said}; create it, or name another in the URL") from error
         raise TransientError(said) from error
