@@ -42,7 +42,9 @@ def build(
     plan: Annotated[str | None, typer.Option(help="Such as '128:binary keep 400 > 512:float32', or plan.yaml.")] = None,
     vectors: Vectors = None,
     metadata: Metadata = None,
-    store: Annotated[str, typer.Option(help="How full vectors lie on the disk: float16 or float32.")] = "float16",
+    store: Annotated[
+        str | None, typer.Option(help="How full vectors are kept: float16, the default of most, or float32.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last batch of a build cut off.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -234,12 +236,12 @@ def _check(given: Documents) -> None:
         given.check(progress.by)
 
 
-def _same_wish(index: "Index", width: int, plan: str | None, store: str, place: str) -> None:
+def _same_wish(index: "Index", width: int, plan: str | None, store: str | None, place: str) -> None:
     """Raise where a build that is to go on was begun with other options."""
     from matryo import Plan
 
     told = index.stats()
-    wanted = {"width": width, "store": store} | ({"plan": str(Plan.parse(plan))} if plan else {})
+    wanted = {"width": width} | ({"store": store} if store else {}) | ({"plan": str(Plan.parse(plan))} if plan else {})
     for name, value in wanted.items():
         if told[name] != value:
             raise InputError(f"{place} was begun with {name} {told[name]}, not {value}; go on with the same options")

@@ -54,11 +54,15 @@ class Can:
     within: bool = False
     """Whether a first stage may stop by itself, query by query."""
     kept: tuple[str, ...] = ("float16", "float32")
-    """How full vectors may be stored."""
+    """How full vectors may be stored, the default first."""
     commits: bool = True
     """Whether a batch is one commit; otherwise an error may leave a part of it, and repeating it completes it."""
     ordered: bool = True
     """Whether equal scores come in the order they were written; otherwise they come by id."""
+    ties: bool = True
+    """Whether a shortlist that is cut between equal scores holds those that come first in that order."""
+    any_plan: bool = True
+    """Whether a search may go by a plan that was not prepared."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +198,14 @@ class EngineIndex(Index):
         width: int,
         plan: str | Plan | None = None,
         model: dict[str, Any] | None = None,
-        store: str = "float16",
+        store: str | None = None,
     ) -> Self:
         width = check_width(width, cls.can.widest)
         chosen = cls.check_plan(cls.default_plan(width) if plan is None else plan, width)
-        if check_store(store) not in cls.can.kept:
-            raise InputError(f"{cls.can.engine} keeps full vectors as {' or '.join(cls.can.kept)}, not {store}")
-        return cls._create(path, Note(width, str(chosen), store, check_model(model)))
+        kept = cls.can.kept[0] if store is None else check_store(store)
+        if kept not in cls.can.kept:
+            raise InputError(f"{cls.can.engine} keeps full vectors as {' or '.join(cls.can.kept)}, not {kept}")
+        return cls._create(path, Note(width, str(chosen), kept, check_model(model)))
 
     @classmethod
     def open(cls, path: str | Path, *, read_only: bool = False, model: dict[str, Any] | None = None) -> Self:

@@ -68,13 +68,15 @@ class FolderIndex(Index):
         width: int,
         plan: str | Plan | None = None,
         model: dict[str, Any] | None = None,
-        store: str = "float16",
+        store: str | None = None,
     ) -> Self:
         """A new, empty index in a folder that does not exist yet, or is empty. It appears whole or not at all."""
         folder = folder_of(path)
         width = check_width(width, 1 << 16)
         chosen = checked_plan(default_plan(width) if plan is None else plan, width)
-        state = cat.State(width, str(chosen), check_model(model), store=check_store(store))
+        state = cat.State(
+            width, str(chosen), check_model(model), store=check_store("float16" if store is None else store)
+        )
         refuse_taken(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:

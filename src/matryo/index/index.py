@@ -21,6 +21,8 @@ from matryo.index.report import CheckReport
 ENGINES = {
     "postgresql": ("matryo.engines.postgres", "PostgresIndex"),
     "postgresql+shards": ("matryo.engines.postgres_shards", "PostgresShards"),
+    "qdrant": ("matryo.engines.qdrant_server", "QdrantServerIndex"),
+    "qdrant+edge": ("matryo.engines.qdrant_edge", "QdrantEdgeIndex"),
 }
 """Scheme of a URL -> where the index of that engine is defined. Names alone: this room stands below theirs."""
 FROM_ENVIRONMENT = "env:"
@@ -37,7 +39,7 @@ class Index(ABC):
         width: int,
         plan: str | Plan | None = None,
         model: dict[str, Any] | None = None,
-        store: str = "float16",
+        store: str | None = None,
     ) -> "Index":
         """A new, empty index, open for writing. It appears whole or not at all.
 
@@ -47,8 +49,9 @@ class Index(ABC):
             width: full width of the vectors, at most 65,536; engines may allow less.
             plan: how to search unless a search says otherwise; by default a safe one for the width and the engine.
             model: what made the vectors (name, digest, nesting...), JSON; `open` can be told to insist on it.
-            store: "float16" or "float32", how the full vectors are kept. Scores are inner products of the unit query
-                with the stored rows: with float16 they differ from those of float32 by less than 5e-4.
+            store: "float16" or "float32", how the full vectors are kept; by default float16 where the engine can.
+                Scores are inner products of the unit query with the stored rows: with float16 they differ from those
+                of float32 by less than 5e-4.
 
         Raises:
             InputError: something is there already; nothing of it is touched. MissingExtraError: the engine's driver.
