@@ -1,14 +1,13 @@
-"""The contract, on Qdrant embedded and on the client's own engine of the same requests."""
+"""The contract, on Qdrant embedded and, over a wire, on the engine of the same requests that its client brings."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from index_contract import IndexContract, rows
-from qdrant_client import QdrantClient
+from qdrant_wire import QdrantWire
 
 from matryo import Index
-from matryo.engines import qdrant_server
 from matryo.engines.qdrant import QdrantIndex
 
 
@@ -49,17 +48,16 @@ class TestQdrantEdge(QdrantContract):
         self.url = f"qdrant+edge://{tmp_path}/docs"
 
 
-@pytest.mark.filterwarnings("ignore:Payload indexes have no effect", "ignore:Local mode performs exact")
-class TestQdrantClient(QdrantContract):
-    """The server's code; in place of the server, the engine of plain Python that the client brings."""
+@pytest.mark.filterwarnings("ignore:Local mode performs exact")
+class TestQdrantServer(QdrantContract):
+    """The requests of a server, over a wire; behind it the engine of plain Python that the client brings."""
 
     @pytest.fixture(autouse=True)
-    def _local(self, monkeypatch):
-        self.url = "qdrant://nowhere:6334/docs"
-
-        client = QdrantClient(":memory:")
-        monkeypatch.setattr(client, "close", lambda: None)  # as a server outlives its connections
-        monkeypatch.setattr(qdrant_server, "connect", lambda _: client)
+    def _wire(self):
+        wire = QdrantWire()
+        self.url = wire.url("docs")
+        yield
+        wire.stop()
 
     def test_lengths_far_from_one_are_fine(self, index):
         # As in the contract, but for the order of two whose scores differ in the last digit of a float32.
