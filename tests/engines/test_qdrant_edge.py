@@ -114,7 +114,7 @@ def test_a_stream_that_was_cut_off_goes_on_where_it_was(url):
         assert (len(index), index.read_from("file")) == (200, 200)
 
 
-def test_one_process_at_a_time_and_what_it_wrote_survives_its_death(url, python):
+def test_one_process_at_a_time_and_what_it_wrote_survives_its_death(url):
     Index.create(url, width=WIDTH).close()
     script = textwrap.dedent("""
         import os, signal, sys

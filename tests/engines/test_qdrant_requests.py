@@ -1,6 +1,4 @@
-"""What is sent, word for word: `tests/golden/qdrant-requests.json`, which `python tests/engines/test_qdrant_requests.py`
-writes anew.
-"""
+"""What is sent, word for word, as `tests/golden/qdrant-requests.json` has it; running this file writes that anew."""
 
 import json
 from pathlib import Path

@@ -284,6 +284,8 @@ def _report(index: "Index", as_json: bool, given: Documents | None = None) -> No
         say(f"model: {found['model']['name']}")
     if "files" in found:
         say(f"on disk: {sum(found['files'].values()):,} bytes, {found['vector_bytes']:,} of them vectors")
+    if "folder_bytes" in found:
+        say(f"in the engine: {found['folder_bytes']:,} bytes, {found['segments']} segments")
     if "index_bytes" in found:
         say(f"in the engine: {found['table_bytes']:,} bytes of rows, {sum(found['index_bytes'].values()):,} of indexes")
 
