@@ -17,10 +17,10 @@ DONE = wire.PointsOperationResponse(result=wire.UpdateResult(status=wire.UpdateS
 
 
 class Guard(grpc.ServerInterceptor):
-    """Checks the key, counts calls, and fails those that it was told to."""
+    """Checks the key, counts calls, and fails those that it was told to, or loses their answers."""
 
     def __init__(self):
-        self.key, self.failing, self.calls = None, [], []
+        self.key, self.failing, self.losing, self.calls = None, [], [], []
 
     def intercept_service(self, continuation, details):
         self.calls.append(details.method.rpartition("/")[2])
@@ -29,7 +29,21 @@ class Guard(grpc.ServerInterceptor):
             return _abort(grpc.StatusCode.UNAUTHENTICATED, f"Invalid API key or JWT: {given}")
         if self.failing:
             return _abort(*self.failing.pop(0))
-        return continuation(details)
+        found = continuation(details)
+        if self.calls[-1] in self.losing:
+            self.losing.remove(self.calls[-1])
+            return _lost(found)
+        return found
+
+
+def _lost(handler):
+    """Does what it is asked; its answer never arrives."""
+
+    def answer(request, context):
+        handler.unary_unary(request, context)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+
+    return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
 
 def _abort(code, said):

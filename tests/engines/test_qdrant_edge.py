@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -169,6 +170,9 @@ def test_check_finds_what_was_changed_behind_its_back(url):
         found = index.check().problems
         assert "its payload has another item's id ('stranger')" in found[0]
         assert "1 items lack one of full, p32" in found[1]
+        index._shard.update(qdrant_edge.UpdateOperation.clear_payload([point.id]))
+        with pytest.raises(FormatError, match="holds points that Matryo did not write"):
+            index.search(np.ones(64), plan="64:float32")
 
 
 def test_what_is_not_ours_is_left_alone(url, tmp_path):
@@ -213,6 +217,50 @@ def test_a_note_of_another_format_or_width_is_refused(url):
 def test_a_url_that_names_no_folder_is_refused(wrong):
     with pytest.raises(InputError, match="give the whole path of a folder"):
         Index.open(wrong)
+
+
+def test_searches_go_on_while_others_write_and_prepare(url):
+    plan = "16:binary keep 100 > 64:float32"
+    with Index.create(url, width=WIDTH) as index:
+        index.upsert(names(200), rows(200))
+        failures, done = [], threading.Event()
+
+        def search():
+            try:
+                while not done.is_set():
+                    assert index.search(rows(3), k=1).ids == [["d0"], ["d1"], ["d2"]]
+            except Exception as error:
+                failures.append(error)
+
+        def write():
+            try:
+                for n in range(200, 300, 10):
+                    index.upsert([f"d{i}" for i in range(n, n + 10)], rows(300)[n : n + 10])
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=search), threading.Thread(target=search), threading.Thread(target=write)]
+        for thread in threads:
+            thread.start()
+        index.prepare(plan)
+        threads[2].join()
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        index.prepare(plan)
+        assert len(index) == 300
+        assert index.check().ok
+        assert index.search(rows(300)[290:], k=1, plan=plan).ids == [[f"d{i}"] for i in range(290, 300)]
+
+
+@pytest.mark.parametrize(
+    ("package", "url", "extra"),
+    [("qdrant_edge", "qdrant+edge:///a", "qdrant-edge"), ("qdrant_client", "qdrant://h/docs", "qdrant")],
+)
+def test_a_missing_package_names_its_extra(python, package, url, extra):
+    code = f"import sys; sys.modules[{package!r}] = None; from matryo import Index; Index.open({url!r})"
+    assert f"add it with: pip install 'matryo[{extra}]'" in python("-c", code).stderr
 
 
 SCALARS = st.sampled_from([None, True, False, 0, 1, 2, -1, 1.0, 0.5, 2.5, "", "a", "1", "a b", "x.y"])

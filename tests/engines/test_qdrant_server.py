@@ -68,6 +68,18 @@ def test_a_call_that_fails_for_a_moment_is_made_again(wire, quick):
             index.upsert(names(5), rows(5))
 
 
+def test_an_answer_that_is_lost_costs_nothing(wire, quick):
+    wire.guard.losing += ["Create", "Upsert"]
+    with Index.create(wire.url("docs"), width=WIDTH) as index:
+        wire.guard.losing += ["Upsert", "CreateVectorName", "UpdateVectors", "Delete"]
+        index.upsert(names(9), rows(9))
+        index.prepare("32:float32 keep 9 > 64:float32")
+        index.delete(["d3"])
+        assert not wire.guard.losing
+        assert len(index) == 8
+        assert index.check().ok
+
+
 def test_a_server_that_is_not_there(quick):
     with pytest.raises(UnavailableError, match=r"qdrant://127\.0\.0\.1:1/docs\?timeout=1 did not answer in 6 attempts"):
         Index.open("qdrant://127.0.0.1:1/docs?timeout=1")

@@ -201,7 +201,12 @@ class QdrantIndex(EngineIndex):
             if limit > asked.k + TIED:
                 break
             limit *= 2
-        found = [_found(sorted(points, key=_by_score_then_row)[: asked.k]) for points in answers]
+        try:
+            found = [_found(sorted(points, key=_by_score_then_row)[: asked.k]) for points in answers]
+        except KeyError as error:
+            raise FormatError(
+                f"{self.address} holds points that Matryo did not write; index.check() names them"
+            ) from error
         took = 1e3 * (time.perf_counter() - started)
         return found, self._reports(asked, found, took) if asked.explain else None
 

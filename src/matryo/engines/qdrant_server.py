@@ -61,6 +61,7 @@ class QdrantServerIndex(QdrantIndex):
 
     can: ClassVar[Can] = replace(QdrantIndex.can, commits=False)
     _client: QdrantClient | None = None
+    _begun = False
 
     @classmethod
     def _create(cls, path: str | Path, note: Note) -> Self:
@@ -76,13 +77,17 @@ class QdrantServerIndex(QdrantIndex):
     def _make(self) -> None:
         name = self.address.path
         with self._reaching() as client:
-            if client.collection_exists(name):
+            there = client.collection_exists(name)
+            # An empty one may be our own, of an attempt whose answer was lost.
+            if there and not (self._begun and self._matching(None) == 0):
                 raise InputError(
                     f"{self.address}: there is a collection of this name already; open it with Index.open, or choose "
                     "another name"
                 )
-            given = words.configs(self._vectors(self._note))
-            client.create_collection(name, {n: models.VectorParams.model_validate(one) for n, one in given.items()})
+            self._begun = True
+            if not there:
+                given = words.configs(self._vectors(self._note))
+                client.create_collection(name, {n: models.VectorParams.model_validate(one) for n, one in given.items()})
         try:
             self._write_note(self._note)
         except BaseException:
