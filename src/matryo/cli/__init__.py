@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from matryo.cli import classify, demo, doctor, export, index, measure, mine, plan, serve, train
+from matryo.cli import classify, demo, doctor, embed, export, index, measure, mine, plan, serve, train
 from matryo.cli.terminal import InterruptedByUserError
 from matryo.core.errors import MatryoError
 
@@ -22,6 +22,7 @@ train.add(app)
 mine.add(app)
 measure.add(app)
 classify.add(app)
+embed.add(app)
 plan.add(app)
 index.add(app)
 export.add(app)

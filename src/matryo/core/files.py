@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def storage_errors(what: str) -> Iterator[None]:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and move the result to `path`. On any failure `path` keeps what it held."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # On a disk that machines share, two of them may have processes of one number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with storage_errors(f"writing {path}"):
             write(temporary)
