@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/reference/cli.md"
-VERBS = ("", "train", "mine", "eval", "classify", "classify fit", "classify predict",
+VERBS = ("", "train", "mine", "eval", "classify", "classify fit", "classify predict", "embed",
          "index", "index build", "index add", "index delete", "index stats", "index check",
          "index compact", "search", "export", "serve", "key", "demo", "doctor")  # fmt: skip
 

@@ -23,7 +23,7 @@ from matryo.bulk import Bulk, Ray, embed
 from matryo.core.errors import MatryoError
 
 STORE = 80 << 20
-OPTIONS = Bulk(width=16, code="int8", part_rows=8000)
+OPTIONS = Bulk(width=16, code="int8", part_rows=800)
 
 
 def writers(out: Path) -> dict[int, str]:
@@ -71,7 +71,9 @@ def refusal(*given, **more) -> list[str]:
 
 def main(model: str, corpus: Path, plain: Path, out: Path) -> None:
     embed(model, [corpus], plain, OPTIONS)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+    )
     first, second = (cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2))
     assert first.all_processes["raylet"][0].process.pid != second.all_processes["raylet"][0].process.pid
     lost: dict[str, str] = {}

@@ -12,7 +12,7 @@ import pyarrow.parquet
 from matryo.bulk import check
 
 SCRIPT = Path(__file__).with_name("lose_machines.py")
-ROWS = 160_000
+ROWS = 9_600
 
 
 def test_lost_workers_and_machines_lose_and_double_nothing(trained, write, debian_rows, tmp_path, files_of):
@@ -21,7 +21,7 @@ def test_lost_workers_and_machines_lose_and_double_nothing(trained, write, debia
     for n in range(2):
         part = many[n * ROWS // 2 : (n + 1) * ROWS // 2]
         ids = [f"d{n}-{i}" for i in range(len(part))]
-        corpus = write(f"{n}.parquet", {"_id": ids, "text": part}, group=8000).parent
+        corpus = write(f"{n}.parquet", {"_id": ids, "text": part}, group=800).parent
     refused = {"text": ["mail server", "\u200b"]}
     pyarrow.parquet.write_table(pyarrow.table(refused), tmp_path / "refused.parquet")
 

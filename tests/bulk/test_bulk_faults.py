@@ -169,10 +169,10 @@ sys.exit(run(sys.argv[2:]))
 def test_a_killed_run_goes_on_to_the_same_bytes(python, corpus, tmp_path, files_of):
     out, whole = tmp_path / "v", tmp_path / "whole"
     line = ["embed", "toy", corpus, "--part-rows", 50, "--out"]
-    for kill, there in ((1, 0), (3, 2), (2, 3)):
+    for kill, there in ((1, 0), (3, 2)):
         assert python("-c", KILLED, kill, *line, out).returncode == 9
         assert len(list(out.glob("part-*.parquet"))) == there
-    assert len(list(out.glob(".*.tmp"))) == 3
+    assert len(list(out.glob(".*.tmp"))) == 2
     assert run([str(word) for word in [*line, out]]) == 0
     assert run([str(word) for word in [*line, whole]]) == 0
     assert files_of(out) == files_of(whole)
@@ -210,11 +210,11 @@ def test_ctrl_c_says_how_far_it_came(corpus, tmp_path, capsys, monkeypatch):
 
 
 def test_long_runs_tell_of_every_hundredth(write, tmp_path, capsys):
-    path = write("a.parquet", {"text": ["word"] * 450}, group=1)
+    path = write("a.parquet", {"text": ["word"] * 150}, group=1)
     assert run(["embed", "toy", str(path), "--out", str(tmp_path / "v"), "--part-rows", "1"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("part ")]
     assert len(told) == 100
-    assert told[-1].startswith("part 450/450: 450 of 450 rows")
+    assert told[-1].startswith("part 150/150: 150 of 150 rows")
 
 
 def test_clusters_that_are_not_there(corpus, tmp_path, capsys, monkeypatch):

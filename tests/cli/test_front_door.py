@@ -33,7 +33,19 @@ HEAVY = [
     "pyarrow",
     "httpx2",
 ]
-VERBS = [["train"], ["mine"], ["eval"], ["plan"], ["search"], ["export"], ["serve"], ["key"], ["demo"], ["doctor"]]
+VERBS = [
+    ["train"],
+    ["embed"],
+    ["mine"],
+    ["eval"],
+    ["plan"],
+    ["search"],
+    ["export"],
+    ["serve"],
+    ["key"],
+    ["demo"],
+    ["doctor"],
+]
 VERBS += [["index", verb] for verb in ("build", "add", "delete", "stats", "check", "compact", "calibrate")]
 
 LOOK = """

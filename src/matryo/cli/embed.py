@@ -1,5 +1,7 @@
 """`matryo embed`."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +60,8 @@ def embed(
     cluster = _cluster(ray, workers=workers, cpus=cpus, gpus=gpus)
     told: list[Progress] = []
     try:
-        found = run(model, inputs, out, options, ray=cluster, report=lambda step: _tell(told, step))
+        with redirect_stdout(sys.stderr):  # where Ray says what it lost, which is not the answer
+            found = run(model, inputs, out, options, ray=cluster, report=lambda step: _tell(told, step))
     except KeyboardInterrupt:
         done = f"{told[-1].parts} of {told[-1].of} parts are in {out}" if told else "no part is finished"
         raise InterruptedByUserError(f"interrupted; {done}; go on with the same command") from None
