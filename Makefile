@@ -58,6 +58,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/search/predict.py --smoke
 	$(BIN)/python -W ignore benchmarks/engines/postgres.py --smoke
 	$(BIN)/python benchmarks/engines/qdrant.py --smoke
+	$(BIN)/python benchmarks/bulk/run.py --smoke
 	$(BIN)/python benchmarks/images/throughput.py --steps 7
 	$(BIN)/python benchmarks/serving/run.py --smoke
 	$(BIN)/python benchmarks/serving/page.py --smoke

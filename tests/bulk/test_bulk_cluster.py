@@ -26,6 +26,7 @@ def test_lost_workers_and_machines_lose_and_double_nothing(trained, write, debia
     pyarrow.parquet.write_table(pyarrow.table(refused), tmp_path / "refused.parquet")
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_raylet_start_wait_time_s"] = "120"  # on a busy machine
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     line = [sys.executable, str(SCRIPT), str(trained), str(corpus), str(tmp_path / "plain"), str(tmp_path / "v")]
     ran = subprocess.run(line, capture_output=True, text=True, timeout=400, check=False, env=environment)

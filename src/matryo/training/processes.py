@@ -7,21 +7,40 @@ done, the dense gradients of all parameters as one.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from matryo.core.errors import InputError
+from matryo.core.errors import InputError, UnavailableError
 from matryo.losses import gather
+
+BROKEN = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
+"""What errors of collectives say that are no class of their own."""
 
 
 def join(device: str | None) -> None:
     """Meet the other processes that torchrun or accelerate started; nothing if this one is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+@contextmanager
+def losses_of_others() -> Iterator[None]:
+    """Say it in our words where the connection to another process of the run breaks, or is silent for too long."""
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, dist.DistError) or any(words in str(error) for words in BROKEN)
+        if count() == 1 or not broken:
+            raise
+        raise UnavailableError(
+            f"another of the {count()} processes is gone ({' '.join(str(error).split())[:200]}); this one stops too. "
+            "The newest checkpoint is whole: start all of them again with the same command and --resume"
+        ) from error
 
 
 def leave() -> None:

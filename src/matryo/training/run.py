@@ -80,13 +80,14 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[Step],
         InputError: data, widths or an `out` that do not fit; nothing has been written then.
         KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished step is on disk. A second Ctrl-C stops at once.
         StorageError: the disk refused; earlier checkpoints are whole.
+        UnavailableError: another process of the run is gone.
     """
     # A new static encoder is trained on the CPU unless told otherwise.
     processes.join(config.device or ("cpu" if config.base is None else None))
     run = _Run(config, resume)
     if run.finished:
         return load(config.out)
-    with quiet(), graceful_stop() as stop:
+    with processes.losses_of_others(), quiet(), graceful_stop() as stop:
         run.fit(report, stop)
         if stop.is_set():
             raise KeyboardInterrupt

@@ -1,0 +1,88 @@
+"""Two machines, as torchrun sees them: two agents that meet on loopback, one process each. One process is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from safetensors.numpy import load_file
+
+from matryo.training.trainer import checkpoints
+
+TRAINERS = Path(__file__).with_name("several_trainers.py")
+SMALL = {"static": {"width": 32, "vocabulary": 500}, "batch_size": 20, "epochs": 40, "save_steps": 8}
+
+
+class Machines:
+    """The agents of one run, which share a folder."""
+
+    def __init__(self, *arguments: object) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        words += ["--master-addr", "127.0.0.1", "--master-port", port]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.agents = [
+            subprocess.Popen(
+                [sys.executable, *words, "--node-rank", str(rank), "-m", "matryo", "train", *map(str, arguments)],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for rank in (0, 1)
+        ]
+        self.said = ""
+
+    def kill_second_at(self, words: str) -> None:
+        """SIGKILL to the process of the second machine once the first has said so."""
+        while words not in self.said:
+            more = self.agents[0].stderr.readline()
+            assert more, self.said
+            self.said += more
+        started = psutil.Process(self.agents[1].pid).children(recursive=True)
+        (trainer,) = [one for one in started if "matryo" in one.cmdline()]
+        os.kill(trainer.pid, signal.SIGKILL)
+
+    def end(self) -> list[int]:
+        """Both exit statuses; `said` then holds all that the first machine said."""
+        try:
+            self.said += self.agents[0].communicate(timeout=240)[1]
+            self.agents[1].communicate(timeout=60)
+        finally:
+            for agent in self.agents:
+                agent.kill()
+        return [agent.returncode for agent in self.agents]
+
+
+def test_a_lost_machine_stops_the_others_and_the_run_goes_on_to_the_same_bits(python, pairs_file, tmp_path):
+    yaml = tmp_path / "small.yaml"
+    yaml.write_text(json.dumps(SMALL))
+    line = [pairs_file, "--config", yaml, "--out", tmp_path / "lost"]
+    machines = Machines(*line)
+    machines.kill_second_at("step 40/")
+    assert all(machines.end())
+    (told,) = [one for one in machines.said.splitlines() if one.startswith("matryo: ")]
+    assert told.startswith("matryo: another of the 2 processes is gone (")
+    assert told.endswith("start all of them again with the same command and --resume")
+    assert "this is a bug in matryo" not in machines.said
+    assert checkpoints(tmp_path / "lost" / "checkpoints")
+    assert not (tmp_path / "lost" / "matryo.json").exists()
+
+    machines = Machines(*line, "--resume")
+    assert machines.end() == [0, 0], machines.said
+    assert "step 10/" not in machines.said, "it went on from the checkpoint"
+
+    jobs = tmp_path / "jobs.json"
+    job = {"config": {**SMALL, "pairs": str(pairs_file), "out": str(tmp_path / "whole")}}
+    jobs.write_text(json.dumps([job]))
+    ran = python(TRAINERS, 2, jobs)
+    assert ran.stdout.splitlines()[-1] == "[[0, 0]]", ran.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("lost", "whole"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].tobytes() == two[name].tobytes(), name
