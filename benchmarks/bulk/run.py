@@ -41,7 +41,8 @@ from matryo.bulk import Bulk, Ray, embed
 model, corpus, out, workers, part_rows = sys.argv[1:]
 ray = Ray(address="local", workers=int(workers)) if int(workers) else None
 steps, started = [], time.perf_counter()
-found = embed(model, [corpus], out, Bulk(width=128, code="int8", part_rows=int(part_rows)), ray=ray, report=steps.append)
+found = embed(model, [corpus], out, Bulk(width=128, code="int8", part_rows=int(part_rows)), ray=ray,
+              report=steps.append)
 whole = time.perf_counter() - started
 told = {"whole_s": whole, "encoding_s": steps[-1].seconds, "rows": found["rows"], "checksum": found["checksum"]}
 sys.stderr.write(json.dumps(told) + "\\n")

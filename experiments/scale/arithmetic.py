@@ -22,7 +22,7 @@ GB, MIB = 1e9, 1 << 20
 PAGE, PAGE_HEAD, LINE_POINTER, TUPLE_HEAD = 8192, 24, 4, 24
 """PostgreSQL's page layout (its manual, "Database Page Layout")."""
 SLOWER, QUICKER = 1.37, 1.22
-"""The worst misses of predictions held against measurements (`benchmarks/search/predict.py`, five times as many items)."""
+"""The worst misses of predictions held against measurements, five times up (`benchmarks/search/predict.py`)."""
 
 
 @dataclass(frozen=True)
