@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import matryo as mt
 from matryo.bulk import Bulk, check, embed
@@ -172,6 +174,15 @@ def test_another_job_is_refused_by_name(trained, corpus, write, tmp_path):
     with pytest.raises(InputError, match=r"other inputs \(another two.parquet\); give what it was begun with"):
         embed(trained, [corpus], out, Bulk(width=16))
     assert check(out)["read"] == 400
+
+
+def test_other_int8_ranges_are_another_model(trained, corpus, tmp_path):
+    model = shutil.copytree(trained, tmp_path / "model")
+    embed(model, [corpus], tmp_path / "v", Bulk(width=16, code="int8"))
+    scales = load_file(model / "matryo.safetensors")
+    save_file({name: value * 2 for name, value in scales.items()}, model / "matryo.safetensors")
+    with pytest.raises(InputError, match="was begun with another model"):
+        embed(model, [corpus], tmp_path / "v", Bulk(width=16, code="int8"))
 
 
 def test_check_finds_what_is_not_as_recorded(corpus, tmp_path):

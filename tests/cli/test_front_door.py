@@ -32,6 +32,7 @@ HEAVY = [
     "faiss",
     "pyarrow",
     "httpx2",
+    "ray",
 ]
 VERBS = [
     ["train"],

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryo.bulk.encode import Record, encode_part
+from matryo.bulk.encode import Record, encode_part, identity_of
 from matryo.bulk.options import Bulk
 from matryo.bulk.parts import Part
 from matryo.core import errors
@@ -117,7 +117,7 @@ def _work(name: str, identity: dict[str, str], part: Part, bulk: Bulk, out: str,
     # The tokenisers' pool would take every processor of the machine, whatever the worker was given.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     try:
-        return encode_part(_model(name, bulk.device, tuple(identity.items())), identity, part, bulk, Path(out))
+        return encode_part(_model(name, bulk, tuple(identity.items())), identity, part, bulk, Path(out))
     except MissingExtraError as error:
         return {
             "error": "MissingExtraError",
@@ -128,13 +128,12 @@ def _work(name: str, identity: dict[str, str], part: Part, bulk: Bulk, out: str,
 
 
 @lru_cache(maxsize=1)
-def _model(name: str, device: str | None, identity: tuple[tuple[str, str], ...]) -> "Model":
+def _model(name: str, bulk: Bulk, identity: tuple[tuple[str, str], ...]) -> "Model":
     """The worker's model, loaded once, if it is the one that the run was begun with."""
     from matryo.encoders import load
-    from matryo.encoders.folder import fingerprint
 
-    model = load(name, device)
-    if "blake2b" in dict(identity) and fingerprint(name) != dict(identity):
+    model = load(name, bulk.device)
+    if identity_of(model, name, bulk) != dict(identity):
         raise InputError(f"{name} on {socket.gethostname()} is another model than where the run was begun")
     return model
 

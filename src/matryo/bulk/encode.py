@@ -1,5 +1,6 @@
 """One part: read it a batch at a time, encode, write its file under a temporary name, rename, record what it holds."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from matryo.bulk.options import Bulk
 from matryo.bulk.parts import Part, pyarrow_or_raise
 from matryo.core.errors import DamagedError, InputError
 from matryo.core.files import digest, write_atomically, write_text
+from matryo.encoders.folder import fingerprint
 
 if TYPE_CHECKING:
     from matryo.encoders import Model
@@ -27,6 +29,16 @@ METADATA = b"matryo"
 """Key of the schema's metadata; the value is JSON."""
 
 Record = dict[str, Any]
+
+
+def identity_of(model: "Model", name: str, bulk: Bulk) -> dict[str, str]:
+    """What decides the codes that a model gives: digests of its weights, and of its int8 ranges if used."""
+    found = fingerprint(name) or {"name": name}
+    if bulk.code == "int8":
+        assert bulk.width is not None
+        scale = np.ascontiguousarray(model.card.int8_scales[bulk.width])
+        found |= {"int8_ranges": hashlib.blake2b(scale.tobytes(), digest_size=16).hexdigest()}
+    return found
 
 
 def encode_part(model: "Model", identity: dict[str, str], part: Part, bulk: Bulk, out: Path) -> Record:

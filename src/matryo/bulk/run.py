@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matryo.bulk.cluster import Ray, joined
-from matryo.bulk.encode import Record, encode_part
+from matryo.bulk.encode import Record, encode_part, identity_of
 from matryo.bulk.job import Manifest, begin, describe, refuse_others, write_manifest
 from matryo.bulk.options import Bulk
 from matryo.bulk.parts import Part, cut, input_files, pyarrow_or_raise
 from matryo.core.errors import InputError
 from matryo.core.prefix import check_width
 from matryo.encoders import load
-from matryo.encoders.folder import fingerprint
 
 if TYPE_CHECKING:
     from matryo.encoders import Model
@@ -79,7 +78,7 @@ def embed(
     bulk = replace(bulk, width=loaded.width if bulk.width is None else check_width(bulk.width, loaded.width))
     loaded.encode([], width=bulk.width, code=bulk.code)  # refuses a width or code that it does not have
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    identity = fingerprint(name) or {"name": name}
+    identity = identity_of(loaded, name, bulk)
     sources, parts = cut(paths, bulk)
     job = describe(identity, sources, bulk)
     refuse_others(out, job)
