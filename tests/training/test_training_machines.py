@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from matryo.training.trainer import checkpoints
 
 TRAINERS = Path(__file__).with_name("several_trainers.py")
-SMALL = {"static": {"width": 32, "vocabulary": 500}, "batch_size": 20, "epochs": 40, "save_steps": 8}
+SMALL = {"static": {"width": 32, "vocabulary": 500}, "batch_size": 20, "epochs": 12, "save_steps": 8}
 
 
 class Machines:
