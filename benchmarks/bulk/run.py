@@ -93,10 +93,17 @@ def once(model: Path, corpus: Path, out: Path, workers: int, group: int, width: 
     return told
 
 
+def earlier(path: Path) -> list[dict[str, Any]]:
+    names = ("what", "side", "workers", "round", "whole_s", "encoding_s", "rows", "checksum")
+    rows = map(json.loads, path.read_text().splitlines())
+    return [{name: row[name] for name in names} for row in rows if row["what"] == "run"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one process, few rows, written nowhere")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--append", action="store_true", help="go on after the rounds that are in the results")
     parser.add_argument("--scratch", type=Path, help="folder for model and corpus, which are made if not there")
     parser.add_argument("--prepare", action="store_true", help="only make model and corpus in --scratch")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -112,8 +119,9 @@ def main() -> None:
             make_corpus(scratch / "corpus", rows, group, files)
         if options.prepare:
             return
-        found: list[dict[str, Any]] = []
-        for turn in range(1 if options.smoke else options.rounds):
+        found = earlier(options.out / "rows.jsonl") if options.append else []
+        start = len({row["round"] for row in found})
+        for turn in range(start, start + (1 if options.smoke else options.rounds)):
             for side, workers in sides.items():
                 width = 32 if options.smoke else 128
                 told = once(scratch / "model", scratch / "corpus", scratch / "out", workers, group, width)
