@@ -125,6 +125,10 @@ def test_a_part_is_written_in_row_groups_and_read_as_vectors(corpus, tmp_path, m
     assert pyarrow.parquet.ParquetFile(one).num_row_groups == 1
     assert pyarrow.parquet.ParquetFile(two).num_row_groups > 5
     assert pyarrow.parquet.read_table(one).equals(pyarrow.parquet.read_table(two))
+    embed("toy", [corpus / "one.parquet"], tmp_path / "half", Bulk(code="float16"))
+    half = open_vectors(tmp_path / "half" / "part-00000-00000.parquet")
+    assert (half.rows, half.width) == (300, 64)
+    assert next(half.parts(300)).dtype == np.float32
     stream = open_vectors(two)
     assert (stream.rows, stream.width) == (300, 64)
     np.testing.assert_array_equal(np.concatenate(list(stream.parts(50))), vectors_of(pyarrow.parquet.read_table(one)))
