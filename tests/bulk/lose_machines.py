@@ -69,12 +69,22 @@ def refusal(*given, **more) -> list[str]:
     return []
 
 
+def started(tries: int = 3):
+    """A head without processors and two machines of one each. On a busy machine Ray may give up starting."""
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=STORE)
+        return cluster, *(cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2))
+    except Exception:
+        cluster.shutdown()
+        if tries == 1:
+            raise
+    return started(tries - 1)
+
+
 def main(model: str, corpus: Path, plain: Path, out: Path) -> None:
     embed(model, [corpus], plain, OPTIONS)
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-    )
-    first, second = (cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2))
+    cluster, first, second = started()
     assert first.all_processes["raylet"][0].process.pid != second.all_processes["raylet"][0].process.pid
     lost: dict[str, str] = {}
     torn: list[str] = []
