@@ -13,6 +13,7 @@ import matryo as mt
 from matryo.bulk import Bulk, check, embed
 from matryo.bulk import encode as encoding
 from matryo.bulk.parts import cut
+from matryo.cli import run
 from matryo.core.codecs import codec
 from matryo.core.errors import DamagedError, InputError, NoIndexError
 from matryo.core.records import document_of
@@ -218,3 +219,15 @@ def test_check_finds_what_is_not_as_recorded(corpus, tmp_path):
     (out / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     with pytest.raises(DamagedError, match="is not of format 1"):
         check(out)
+
+
+def test_a_part_with_ids_and_texts_is_a_table_to_index(corpus, tmp_path):
+    out = tmp_path / "v"
+    embed("toy", [corpus / "two.parquet"], out, Bulk(code="float16", keep=("_id", "text")))
+    line = ["index", "build", str(out / "part-00000-00000.parquet"), "--out", str(tmp_path / "docs.matryo")]
+    assert run(line) == 0
+    asked = pyarrow.parquet.read_table(corpus / "two.parquet").column("text")[5].as_py()
+    with mt.Index.open(tmp_path / "docs.matryo", read_only=True) as index:
+        assert len(index) == 85
+        hits = index.search(mt.load("toy").encode([asked]), k=1)
+    assert (hits.ids[0], hits.documents[0]) == (["e5"], [asked])
