@@ -30,7 +30,7 @@ import pyarrow
 import pyarrow.parquet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import machine, save
+from common import save
 from matryo.demo import DATA
 
 ROWS, GROUP, FILES = 1_000_000, 25_000, 4
@@ -127,23 +127,26 @@ def main() -> None:
                 told = once(scratch / "model", scratch / "corpus", scratch / "out", workers, group, width)
                 found.append({"what": "run", "side": side, "workers": workers, "round": turn, **told})
                 print(f"{side}: whole {told['whole_s']:.1f} s, encoding {told['encoding_s']:.1f} s", flush=True)
-    if len({row["checksum"] for row in found}) > 1 or {row["rows"] for row in found} != {rows}:
-        sys.exit("the sides did not write the same vectors")
-    medians = {}
-    for side, workers in sides.items():
+            if len({row["checksum"] for row in found}) > 1 or {row["rows"] for row in found} != {rows}:
+                sys.exit("the sides did not write the same vectors")
+            if not options.smoke:  # after every round, that one which is cut off costs itself alone
+                save(options.out / "rows.jsonl", [*found, *summary(found)])
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians of each side, and how much sooner two workers were done than one."""
+    names = ("whole_s", "encoding_s")
+    told: list[dict[str, Any]] = []
+    for side, workers in SIDES.items():
         mine = [row for row in found if row["side"] == side]
-        medians[side] = {name: statistics.median(row[name] for row in mine) for name in ("whole_s", "encoding_s")}
-        speed = rows / medians[side]["encoding_s"]
-        found.append({"what": "median", "side": side, "workers": workers, **medians[side], "rows_per_second": speed})
-        print(f"{side}: {speed:,.0f} rows/s, whole {medians[side]['whole_s']:.1f} s")
-    if options.smoke:
-        return
-    one, two = medians["Ray, one worker"], medians["Ray, two workers"]
-    ratio = {name: one[name] / two[name] for name in one}
-    found.append({"what": "one worker / two", **ratio})
+        middle = {name: statistics.median(row[name] for row in mine) for name in names}
+        speed = mine[0]["rows"] / middle["encoding_s"]
+        told.append({"what": "median", "side": side, "workers": workers, **middle, "rows_per_second": speed})
+        print(f"{side}: {speed:,.0f} rows/s, whole {middle['whole_s']:.1f} s")
+    one, two = told[1:]
+    ratio = {name: one[name] / two[name] for name in names}
     print(f"two workers against one: {ratio['encoding_s']:.2f}x encoding, {ratio['whole_s']:.2f}x whole")
-    print(f"on {machine()['cpu']}, {machine()['cores']} cores")
-    save(options.out / "rows.jsonl", found)
+    return [*told, {"what": "one worker / two", "rounds": len({row["round"] for row in found}), **ratio}]
 
 
 if __name__ == "__main__":
