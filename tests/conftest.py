@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,46 @@ def three_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgre
     yield made
     for server in made:
         server.stop()
+
+
+class Milvus:
+    """A real Milvus, standalone, started for tests with its data in its own folder."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder, self.settings = folder, settings
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        import milvus
+
+        config = milvus.MilvusServerConfig(data_dir=str(self.folder))
+        for name, value in self.settings.items():
+            config.set(name.replace("__", "."), value)
+        self.server = milvus.MilvusServer(config, proxy_port=self.port)
+        self.server.start()
+
+    def url(self, name: str, more: str = "") -> str:
+        return f"milvus://127.0.0.1:{self.port}/{name}{more}"
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+@pytest.fixture(scope="session")
+def milvus_of() -> type[Milvus]:
+    """`milvus_of(folder, common__security__authorizationEnabled="true")`: a server of a test's own."""
+    pytest.importorskip("milvus", reason="a real Milvus: pip install 'matryo[milvus-server]', or make test-milvus")
+    return Milvus
+
+
+@pytest.fixture(scope="session")
+def milvus(milvus_of: type[Milvus], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
+    made = milvus_of(tmp_path_factory.mktemp("milvus"))
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,8 @@ def names(n: int) -> list[str]:
 class IndexContract(ABC):
     codes: tuple[str, ...] = ()
     """Codes the engine can scan and rescore."""
+    bits = "binary"
+    """The shortest code that a first stage scans."""
     coarse = "int8"
     """A code to put between bits and full vectors."""
     refused: tuple[tuple[str, str], ...] = (
@@ -130,7 +132,7 @@ class IndexContract(ABC):
 
     def test_k_beyond_the_items_gives_all_and_keep_is_never_below_k(self, filled):
         assert len(filled.search(rows(1), k=10_000).ids[0]) == 500
-        assert len(filled.search(rows(1), k=30, plan=f"32:binary keep 2 > {WIDTH}:float32").ids[0]) == 30
+        assert len(filled.search(rows(1), k=30, plan=f"32:{self.bits} keep 2 > {WIDTH}:float32").ids[0]) == 30
 
     def test_upsert_replaces_the_whole_item(self, filled):
         assert filled.upsert(["d3"], rows(1, seed=77)) == 1
@@ -156,14 +158,14 @@ class IndexContract(ABC):
         query = rows(1, seed=8)
         order = filled.search(query, k=500, plan=f"{WIDTH}:float32").ids[0]
         filled.delete(order[:450])
-        assert filled.search(query, k=10, plan=f"{WIDTH}:binary keep 50 > {WIDTH}:float32").ids[0] == order[450:460]
+        assert filled.search(query, k=10, plan=f"{WIDTH}:{self.bits} keep 50 > {WIDTH}:float32").ids[0] == order[450:460]
 
     def test_equal_vectors_come_in_the_order_they_were_written(self, index):
         same = np.repeat(rows(1), 40, axis=0)
         index.upsert(names(40), same)
         index.upsert(["d0"], same[:1])  # now the youngest
         order = [*(f"d{i}" for i in range(1, 40)), "d0"] if self.ordered else sorted(names(40))
-        for plan in (f"{WIDTH}:float32", f"{WIDTH}:binary keep 40 > {WIDTH}:float32"):
+        for plan in (f"{WIDTH}:float32", f"{WIDTH}:{self.bits} keep 40 > {WIDTH}:float32"):
             assert index.search(rows(1, seed=4), k=6, plan=plan).ids == [order[:6]]
         found = index.search(rows(1, seed=4), k=6, plan=f"32:{self.coarse} keep 10 > 64:float32").ids[0]
         assert len(found) == 6
@@ -308,12 +310,12 @@ class IndexContract(ABC):
 
     def test_explain_says_what_each_stage_did(self, filled):
         hits = filled.search(
-            rows(2), k=3, plan=f"32:binary keep 40 > 64:{self.coarse} keep 9 > 64:float32", explain=True
+            rows(2), k=3, plan=f"32:{self.bits} keep 40 > 64:{self.coarse} keep 9 > 64:float32", explain=True
         )
         told = [(s.stage, s.considered, s.kept) for s in hits.explanation]
         wide, short = 80 * self.shards, 18 * self.shards
         assert told == [
-            ("32:binary keep 40", 1000, wide),
+            (f"32:{self.bits} keep 40", 1000, wide),
             (f"64:{self.coarse} keep 9", wide, short),
             ("64:float32", short, 6),
         ]

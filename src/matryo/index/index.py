@@ -23,6 +23,8 @@ ENGINES = {
     "postgresql+shards": ("matryo.engines.postgres_shards", "PostgresShards"),
     "qdrant": ("matryo.engines.qdrant_server", "QdrantServerIndex"),
     "qdrant+edge": ("matryo.engines.qdrant_edge", "QdrantEdgeIndex"),
+    "milvus": ("matryo.engines.milvus", "MilvusIndex"),
+    "milvus+lite": ("matryo.engines.milvus", "MilvusLiteIndex"),
 }
 """Scheme of a URL -> where the index of that engine is defined. Names alone: this room stands below theirs."""
 FROM_ENVIRONMENT = "env:"
