@@ -183,10 +183,10 @@ class MilvusIndex(EngineIndex):
 
     def _make_collection(self, name: str, columns: list[Column], whole: bool) -> None:
         schema, indexes = words.schema_of(columns, whole)
-        self._ask(
-            "create_collection", name, schema=schema, index_params=indexes, properties={OWNER: self.address.name},
-            consistency_level="Strong", timeout=LONG,
-        )  # fmt: skip
+        owner = {OWNER: self.address.name}
+        self._ask("create_collection", name, schema=schema, properties=owner, consistency_level="Strong")
+        self._ask("create_index", name, indexes, sync=False)  # the client would sleep over an empty one
+        self._ask("load_collection", name, timeout=LONG)
 
     @classmethod
     def _open(cls, path: str | Path, read_only: bool) -> Self:
@@ -420,7 +420,7 @@ class MilvusIndex(EngineIndex):
                 self._refuse_reading()
                 self._trying(lambda: self._add(column))
             home = self._note.extra["columns"][column.key]["in"]
-        if not self._read_only:
+        if not self._read_only and len(self):
             self._trying(lambda: self._settle({self.address.name: words.FULL, home: column.name}))
 
     def _add(self, column: Column) -> None:
@@ -695,7 +695,7 @@ class _Embedded:
             self.users -= 1
             if self.users == 0:
                 del self.running[self.file]
-                self.server.stop(grace=1).wait()
+                self.server.stop(grace=None).wait()
                 self.data.close()
 
 
