@@ -158,7 +158,9 @@ class IndexContract(ABC):
         query = rows(1, seed=8)
         order = filled.search(query, k=500, plan=f"{WIDTH}:float32").ids[0]
         filled.delete(order[:450])
-        assert filled.search(query, k=10, plan=f"{WIDTH}:{self.bits} keep 50 > {WIDTH}:float32").ids[0] == order[450:460]
+        assert (
+            filled.search(query, k=10, plan=f"{WIDTH}:{self.bits} keep 50 > {WIDTH}:float32").ids[0] == order[450:460]
+        )
 
     def test_equal_vectors_come_in_the_order_they_were_written(self, index):
         same = np.repeat(rows(1), 40, axis=0)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
         config.set(*setting.split("=", 1))
     server = MilvusServer(config, proxy_port=int(port))
     server.start()
-    print("up", flush=True)
+    sys.stdout.write("up\n")
+    sys.stdout.flush()
     sys.stdin.read()
     server.stop()

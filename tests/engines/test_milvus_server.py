@@ -122,9 +122,7 @@ def test_what_lies_beside_and_differs_is_found_and_mended(url, milvus):
         (home,) = index.stats()["columns"].values()
         client = direct(milvus)
         client.delete(home, ids=["d1", "d2"])
-        client.upsert(
-            home, [{"id": "ghost", "row": 1, "numbers": {}, "texts": {}, "p32_float32": rows(1)[0, :32]}]
-        )
+        client.upsert(home, [{"id": "ghost", "row": 1, "numbers": {}, "texts": {}, "p32_float32": rows(1)[0, :32]}])
         client.close()
         assert index.check().notes == (f"{home}: 1 rows of no item, 2 items not as they are; run compact",)
         assert "ghost" not in index.search(rows(1), k=40).ids[0], "items alone are answers"

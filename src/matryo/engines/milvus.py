@@ -9,58 +9,31 @@ Milvus has no transactions. A batch cut off may be there in part; writing it aga
 """
 
 import json
-import logging
 import re
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from pymilvus import MilvusClient
 
-from matryo.core.errors import (
-    AccessError,
-    DamagedError,
-    FormatError,
-    InputError,
-    LockedError,
-    MissingExtraError,
-    NoIndexError,
-    StorageError,
-)
+from matryo.core.errors import FormatError, InputError, NoIndexError
 from matryo.core.plan import Plan, Stage
-from matryo.engines.address import NAME, Address, read_address
-from matryo.engines.base import TOLERANCE, Asked, Can, EngineIndex, Found, Note, TransientError
+from matryo.engines import milvus_words as words
+from matryo.engines.base import TOLERANCE, Asked, Can, EngineIndex, Found, Note
+from matryo.engines.milvus_client import OPTIONS, Connection, Embedded, MilvusAddress, connect, patience, read_milvus
+from matryo.engines.milvus_words import Column
 from matryo.index.funnel import Float32s, StageReport
 from matryo.index.report import CheckReport
 
-try:
-    import grpc
-    from pymilvus import MilvusClient, MilvusException
-except ImportError as error:
-    raise MissingExtraError("pymilvus", "milvus", "an index in Milvus") from error
-
-from matryo.engines import milvus_words as words
-from matryo.engines.milvus_words import Column
-
-# The client logs a stack trace of every failure that it also raises; what is raised is told once.
-for _name in ("pymilvus.decorators", "pymilvus.client"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
-
-OPTIONS = {
-    "consistency": "strong, session, bounded or eventually: what a search must see",
-    "timeout": "seconds that one call may take",
-    "tls": "1 to encrypt",
-    "ca": "file of certificates, for tls",
-}
-SECRET = "MILVUS_TOKEN"
-CONSISTENCY = {"strong": "Strong", "session": "Session", "bounded": "Bounded", "eventually": "Eventually"}
-PATIENCE, LONG = 10.0, 600.0
-"""Seconds for one call, and for one that loads, flushes or builds."""
+LONG = 600.0
+"""Seconds for a call that loads, flushes or builds."""
 NOTE, SOURCE, OWNER = "matryo.note", "matryo.source", "matryo.index"
 """Properties of the items' collection; the last, the index's name, also of a collection beside it."""
 MOST = 16_384
@@ -73,27 +46,6 @@ IDS = 1000
 """Ids in one expression."""
 SEVERAL_FIELDS = (2, 4)
 """The first release with several vector fields in a collection."""
-DENIED = ("auth check", "permission deny", "permissiondenied", "privilege", "unauthenticated", "authenticat")
-NOT_NOW = (
-    "not ready", "unavailable", "not loaded", "not fully loaded", "recover", "no available", "not available", "rate",
-    "node not match", "node offline", "channel", "connection", "connect", "timeout", "context canceled", "initializing",
-    "abnormal", "not healthy", "server id mismatch", "deadline", "retry", "closed", "stopping", "no delegator",
-    "replica", "eof", "reset", "tso", "etcd",
-)  # fmt: skip
-"""What a server says that starts, stops, or moves data about."""
-FULL_UP = ("quota", "disk", "no space", "memory", "oom")
-
-
-@dataclass(frozen=True)
-class MilvusAddress(Address):
-    """`path` is the database, or the file of Milvus Lite."""
-
-    def __str__(self) -> str:
-        hosts = ",".join(host if port is None else f"{host}:{port}" for host, port in self.hosts)
-        user = f"{self.user}@" if self.user else ""
-        query = "&".join(f"{name}={value}" for name, value in self.options.items())
-        place = f"{self.path}/{self.name}" if self.path else self.name
-        return f"{self.scheme}://{user}{hosts}/{place}" + (f"?{query}" if query else "")
 
 
 class MilvusIndex(EngineIndex):
@@ -110,9 +62,8 @@ class MilvusIndex(EngineIndex):
 
     def __init__(self, address: MilvusAddress, note: Note, read_only: bool) -> None:
         super().__init__(address, note, read_only)
-        self._client: MilvusClient | None = None
-        self._guard = threading.Lock()
-        self._patience, self._level = _patience(address), _level(address)
+        self._place = address
+        self._connection = Connection(address, self._connect)
 
     # Making and opening.
 
@@ -194,7 +145,7 @@ class MilvusIndex(EngineIndex):
         try:
             opened._latest()
             for home in opened._homes():
-                opened._trying(lambda home=home: opened._ask("load_collection", home, timeout=LONG))
+                opened._trying(partial(opened._ask, "load_collection", home, timeout=LONG))
         except BaseException:
             opened.close()
             raise
@@ -213,7 +164,9 @@ class MilvusIndex(EngineIndex):
         found = self._properties(self.address.name)
         if NOTE not in found:
             if found.get(OWNER) == self.address.name:
-                raise NoIndexError(f"{self.address}: its making was cut off; make it again with Index.create(url, width=...)")
+                raise NoIndexError(
+                    f"{self.address}: its making was cut off; make it again with Index.create(url, width=...)"
+                )
             raise FormatError(f"{self.address} is a collection that Matryo did not make; choose another name")
         noted = Note.read(found[NOTE], self.address)
         return replace(noted, source=json.loads(found[SOURCE])) if SOURCE in found else noted
@@ -300,11 +253,9 @@ class MilvusIndex(EngineIndex):
 
     def _items(self, keys: Sequence[str], where: str, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Items by id, those that are there and match."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for some in _tens(keys, IDS):
-            rows = self._ask(
-                "query", self.address.name, filter=words.among(some, where), output_fields=["id", *fields]
-            )
+            rows = self._ask("query", self.address.name, filter=words.among(some, where), output_fields=["id", *fields])
             found |= {row["id"]: row for row in rows}
         return found
 
@@ -312,7 +263,7 @@ class MilvusIndex(EngineIndex):
         """Every row of a collection, in parts."""
         walk = self._ask("query_iterator", collection, batch_size=IDS, filter="", output_fields=fields)
         try:
-            while rows := self._said(walk.next):
+            while rows := self._connection.said(walk.next):
                 yield from rows
         finally:
             walk.close()
@@ -412,7 +363,9 @@ class MilvusIndex(EngineIndex):
         mended by `compact`.
         """
         noted = self._latest()
-        column = words.column_of(self.check_plan(noted.plan if plan is None else plan, noted.width).stages[0], noted.width)
+        column = words.column_of(
+            self.check_plan(noted.plan if plan is None else plan, noted.width).stages[0], noted.width
+        )
         home = self.address.name
         if column.name != words.FULL:
             said = noted.extra["columns"].get(column.key)
@@ -439,7 +392,7 @@ class MilvusIndex(EngineIndex):
         self._change(lambda note: replace(note, extra=note.extra | {"columns": note.extra["columns"] | said}))
 
     def _mend(self, column: Column, home: str) -> int:
-        """Make a collection beside the items equal to them; how many rows were not. `row` tells one write from another."""
+        """Make a collection beside the items equal to them; how many rows were not. `row` tells writes apart."""
         gone, stale = self._differing(home)
         for some in _tens(gone, IDS):
             self._ask("delete", home, ids=some)
@@ -497,107 +450,56 @@ class MilvusIndex(EngineIndex):
                 problems.append(f"{row['id']!r} has a vector of length {length:g}; write it again")
         homes = self._homes()
         for home in homes[:-1]:
-            gone, stale = self._trying(lambda home=home: self._differing(home))
+            gone, stale = self._trying(partial(self._differing, home))
             if gone or stale:
                 notes.append(f"{home}: {len(gone)} rows of no item, {len(stale)} items not as they are; run compact")
         return CheckReport(tuple(homes), tuple(problems), tuple(notes))
 
     def compact(self, store: str | None = None) -> int:
-        """Mend what lies beside, and have Milvus merge segments and drop deleted rows; rows that were not live items."""
+        """Mend what lies beside, and have Milvus merge segments and drop deleted rows; how many rows were no items."""
         self._refuse_reading()
         noted = self._latest()
         if store not in (None, noted.store):
-            raise InputError(f"{self.address} keeps its vectors as {noted.store}, the one way that Milvus scores exactly")
+            raise InputError(
+                f"{self.address} keeps its vectors as {noted.store}, the one way that Milvus scores exactly"
+            )
         mended = 0
         with self._alone():
             for column, home in self._columns(noted):
                 if home != self.address.name:
-                    mended += self._trying(lambda column=column, home=home: self._mend(column, home))
+                    mended += self._trying(partial(self._mend, column, home))
         for home in self._homes():
-            self._trying(lambda home=home: self._ask("flush", home, timeout=LONG))
+            self._trying(partial(self._ask, "flush", home, timeout=LONG))
         there = int(self._trying(lambda: self._ask("get_collection_stats", self.address.name))["row_count"])
         dead = max(0, there - len(self))
         for home in self._homes():
-            self._trying(lambda home=home: self._ask("compact", home, timeout=LONG))
+            self._trying(partial(self._ask, "compact", home, timeout=LONG))
         return dead + mended
 
     def close(self) -> None:
         """Close the connection; harmless twice."""
         super().close()
-        with self._guard:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        self._connection.close()
 
     # The connection.
 
     @classmethod
     def _address(cls, path: str | Path) -> MilvusAddress:
-        address = _read(path, OPTIONS)
+        address = read_milvus(path, OPTIONS)
         if len(address.hosts) > 1:
             raise InputError(f"{address}: give one host, that of the proxy or of the balancer before several")
         return address
 
     def _connect(self) -> MilvusClient:
-        host, port = self.address.hosts[0] if self.address.hosts else ("localhost", None)
-        tls = self.address.options.get("tls", "0") not in ("0", "")
-        given = {"server_pem_path": self.address.options["ca"]} if "ca" in self.address.options else {}
-        token = self.address.secret or ""
-        if self.address.user:
-            token = f"{self.address.user}:{token}"
-        uri = f"{'https' if tls else 'http'}://{host}:{port or 19530}"
-        return MilvusClient(
-            uri, token=token, db_name=self.address.path, timeout=self._patience, dedicated=True, **given
-        )
+        return connect(self._place)
 
     def _alone(self) -> AbstractContextManager[Any]:
         """While it is held, nobody else in this process writes; for engines that need it."""
         return nullcontext()
 
     def _ask(self, verb: str, *args: Any, timeout: float | None = None, **given: Any) -> Any:
-        """One call of the client."""
-        if verb in ("search", "query", "query_iterator"):
-            given["consistency_level"] = self._level
-        seconds = max(timeout or 0, self._patience)
-
-        def call() -> Any:
-            with self._guard:
-                self._refuse_closed()
-                if self._client is None:
-                    self._client = self._connect()
-                client = self._client
-            return getattr(client, verb)(*args, timeout=seconds, **given)
-
-        return self._said(call)
-
-    def _said(self, call: Any) -> Any:
-        """What a call answers, its errors as ours."""
-        try:
-            return call()
-        except (MilvusException, grpc.RpcError) as error:
-            self._raise(error)
-
-    def _raise(self, error: Exception) -> None:
-        said = self.address.clean(error)
-        message = self.address.clean(getattr(error, "message", "") or error).lower()
-        if isinstance(error, grpc.RpcError):
-            message = f"{error.code().name} {error.details()}".lower() if hasattr(error, "code") else message
-        if any(mark in message for mark in DENIED):
-            raise AccessError(
-                f"{self.address}: {said}; name the user in the URL and set {SECRET} or {SECRET}_FILE"
-            ) from error
-        code = getattr(error, "code", None)
-        if code == 100 or "collection not found" in message or "can't find collection" in message:
-            raise NoIndexError(f"{self.address}: what the index holds is gone ({said}); build it again") from error
-        if any(mark in message for mark in FULL_UP):
-            raise StorageError(f"{self.address}: the server refused ({said}); what was acknowledged is there") from error
-        if "database not found" in message:
-            raise InputError(f"{self.address}: {said}; create the database, or name another in the URL") from error
-        if isinstance(error, grpc.RpcError) or any(mark in message for mark in NOT_NOW):
-            raise TransientError(said) from error
-        if any(mark in message for mark in ("field", "schema", "dimension", "data type", "datatype")):
-            raise FormatError(f"{self.address} is not a collection that Matryo made, or was changed: {said}") from error
-        raise StorageError(f"{self.address}: the server refused ({said}); what was acknowledged is there") from error
+        self._refuse_closed()
+        return self._connection.ask(verb, *args, timeout=timeout, **given)
 
 
 class MilvusLiteIndex(MilvusIndex):
@@ -612,11 +514,12 @@ class MilvusLiteIndex(MilvusIndex):
     def __init__(self, address: MilvusAddress, note: Note, read_only: bool) -> None:
         super().__init__(address, note, read_only)
         self._file = Path("/") / address.path
-        self._server: _Embedded | None = None
+        self._server: Embedded | None = None
+        self._guard = threading.Lock()
 
     @classmethod
     def _address(cls, path: str | Path) -> MilvusAddress:
-        address = _read(path, {name: what for name, what in OPTIONS.items() if name == "timeout"})
+        address = read_milvus(path, {name: what for name, what in OPTIONS.items() if name == "timeout"})
         if address.hosts or not address.path.endswith(".db"):
             raise InputError(
                 f"{address}: give the whole path of a file that ends in .db, and the name of the index behind it: "
@@ -635,16 +538,18 @@ class MilvusLiteIndex(MilvusIndex):
         return True
 
     def _connect(self) -> MilvusClient:
-        if self._server is None:
-            self._server = _Embedded.on(self._file, self.address)
-        return MilvusClient(f"http://127.0.0.1:{self._server.port}", timeout=self._patience, dedicated=True)
+        port = self._running().port
+        return MilvusClient(f"http://127.0.0.1:{port}", timeout=patience(self._place), dedicated=True)
 
     def _alone(self) -> AbstractContextManager[Any]:
+        self._refuse_closed()
+        return self._running().writing
+
+    def _running(self) -> Embedded:
         with self._guard:
-            self._refuse_closed()
             if self._server is None:
-                self._server = _Embedded.on(self._file, self.address)
-        return self._server.writing
+                self._server = Embedded.on(self._file, self.address)
+            return self._server
 
     def close(self) -> None:
         super().close()
@@ -654,83 +559,8 @@ class MilvusLiteIndex(MilvusIndex):
             server.leave()
 
 
-class _Embedded:
-    """Milvus Lite serving one file in this process, as long as an index of ours is open on it."""
-
-    running: ClassVar[dict[Path, "_Embedded"]] = {}
-    guard: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, file: Path, address: Address) -> None:
-        try:
-            from milvus_lite import exceptions
-            from milvus_lite.adapter.grpc.server import start_server_in_thread
-        except ImportError as error:
-            raise MissingExtraError("milvus-lite", "milvus", "an index in a file of Milvus Lite") from error
-        self.file, self.users, self.writing = file, 0, threading.RLock()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.server, self.data, self.port = start_server_in_thread(str(file))
-        except exceptions.DataDirLockedError as error:
-            raise LockedError(
-                f"{address} is open elsewhere, and Milvus Lite allows one process at a time, readers too; close that one"
-            ) from error
-        except (exceptions.WALCorruptedError, exceptions.ManifestCorruptedError) as error:
-            raise DamagedError(f"{address} cannot be opened by Milvus Lite ({address.clean(error)})") from error
-        except OSError as error:
-            raise StorageError(f"{address}: {address.clean(error)}") from error
-
-    @classmethod
-    def on(cls, file: Path, address: Address) -> "_Embedded":
-        """The one on this file, started if it does not run yet."""
-        with cls.guard:
-            found = cls.running.get(file)
-            if found is None:
-                found = cls.running[file] = cls(file, address)
-            found.users += 1
-            return found
-
-    def leave(self) -> None:
-        """One user fewer; the last one ends it, and other processes may open the file."""
-        with self.guard:
-            self.users -= 1
-            if self.users == 0:
-                del self.running[self.file]
-                self.server.stop(grace=None).wait()
-                self.data.close()
-
-
-def _read(path: str | Path, allowed: dict[str, str]) -> MilvusAddress:
-    found = read_address(path, allowed=allowed, secret=SECRET)
-    place, _, name = found.path.rpartition("/")
-    address = MilvusAddress(found.scheme, found.hosts, place, name, found.options, found.user, found.secret)
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"{address}: the last part names the index and must be letters, digits and _ (at most 48), got {name!r}: "
-            "milvus://host:19530/docs, or milvus://host:19530/database/docs"
-        )
-    return address
-
-
-def _patience(address: Address) -> float:
-    said = address.options.get("timeout", str(PATIENCE))
-    try:
-        seconds = float(said)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"{address}: timeout must be seconds above 0, got {said!r}")
-    return seconds
-
-
-def _level(address: Address) -> str:
-    said = address.options.get("consistency", "strong")
-    if said not in CONSISTENCY:
-        raise InputError(f"{address}: consistency must be one of {', '.join(CONSISTENCY)}, got {said!r}")
-    return CONSISTENCY[said]
-
-
 def _steps(asked: Asked, full: int, exact: bool) -> list[tuple[int | None, int]]:
-    """(width to score by, how many to keep) for each report: a first stage that Milvus has ordered has no width here."""
+    """(width to score by, how many to keep) for each report; a first stage that Milvus has ordered has no width."""
     first, *later = asked.plan.stages
     final = (asked.width or full, asked.k)
     steps: list[tuple[int | None, int]] = [(first.width if exact else None, max(asked.k, first.keep or asked.k))]

@@ -1,8 +1,8 @@
 """A plan, a filter and a batch in Milvus's words: columns of vectors and their indexes, expressions, rows.
 
-Metadata lies there twice: as it was given, and apart by type in `numbers` (true and false as 1 and 0) and `texts`, where
-filters look. A comparison is asked only of fields that exist and have its type, so it is true or false in every release:
-what Milvus makes of a lacking field or of another type under `not` has changed from release to release.
+Metadata lies there twice: as it was given, and apart by type in `numbers` (true and false as 1 and 0) and `texts`,
+where filters look. A comparison is asked only of a field that exists and has its type, so it is true or false, and
+`not` its opposite, whatever a release makes of a lacking field or of one of another type.
 """
 
 import json
@@ -123,7 +123,10 @@ def read_column(key: str, full: int) -> Column:
 
 def schema_of(columns: Sequence[Column], whole: bool) -> tuple[Any, Any]:
     """Schema and indexes of a collection of these columns; `whole` for that of the items themselves."""
-    schema, indexes = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False), MilvusClient.prepare_index_params()
+    schema, indexes = (
+        MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False),
+        MilvusClient.prepare_index_params(),
+    )
     schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=LONGEST)
     schema.add_field("row", DataType.INT64)
     if whole:
@@ -170,7 +173,7 @@ def rows_of(
     metadata: Sequence[str | None],
     documents: Sequence[str | None] | None,
 ) -> list[dict[str, Any]]:
-    """Rows as the client takes them; `documents` are given for the items themselves, not for prefixes that lie apart."""
+    """Rows as the client takes them; `documents` are given for the items, not for prefixes that lie apart."""
     coded = {column.name: column.encode(units_ND) for column in columns}
     found = []
     for n, (key, text) in enumerate(zip(keys, metadata, strict=True)):
