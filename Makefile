@@ -27,6 +27,10 @@ test: setup browser ## the default tests, some minutes
 test-slow: setup browser ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
+test-milvus: setup ## the tests against a real Milvus, whose package it installs (58 MB); some minutes
+	$(BIN)/pip install -q -c constraints.txt -e '.[milvus-server]'
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/engines/test_milvus.py tests/engines/test_milvus_server.py
+
 check: setup ## lint, format, types, rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +78,4 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/startup/run.py
 	$(BIN)/python benchmarks/minilm/step.py
 
-.PHONY: help setup demo browser test test-slow check docs bench bench-smoke
+.PHONY: help setup demo browser test test-slow test-milvus check docs bench bench-smoke

@@ -19,6 +19,7 @@ pytest.importorskip("milvus", reason="a real Milvus: pip install 'matryo[milvus-
 from pymilvus import DataType, MilvusClient
 from test_milvus import MilvusContract
 
+pytestmark = pytest.mark.slow
 COUNT = itertools.count()
 GRAPH = "32:float32 hnsw(M=8,ef=80) keep 80 > 64:float32"
 

@@ -40,8 +40,8 @@ OPTIONS = {
 }
 SECRET = "MILVUS_TOKEN"
 CONSISTENCY = {"strong": "Strong", "session": "Session", "bounded": "Bounded", "eventually": "Eventually"}
-PATIENCE, LONG = 10.0, 600.0
-"""Seconds for one call, and for one that loads, flushes or builds."""
+PATIENCE = 10.0
+"""Seconds for one call, in which the client too tries again."""
 DENIED = ("auth check", "permission deny", "permissiondenied", "privilege", "unauthenticated", "authenticat")
 NOT_NOW = (
     "not ready", "unavailable", "not loaded", "not fully loaded", "recovering", "no available", "not available",
@@ -49,7 +49,7 @@ NOT_NOW = (
     "initializing", "abnormal", "not healthy", "server id mismatch", "deadline", "retry run out",
 )  # fmt: skip
 """What a server says that starts, stops, or moves data about."""
-FULL_UP = ("quota", "disk", "no space", "memory", "oom")
+FULL_UP = ("quota", "no space", "disk full", "out of memory", "insufficient memory", "memory limit")
 
 
 @dataclass(frozen=True)
