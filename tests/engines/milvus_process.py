@@ -1,5 +1,6 @@
 """Runs a real Milvus: `python milvus_process.py FOLDER PORT [setting=value...]`. Says "up", and ends with its input."""
 
+import signal
 import sys
 
 from milvus import MilvusServer, MilvusServerConfig
@@ -10,8 +11,11 @@ if __name__ == "__main__":
     for setting in settings:
         config.set(*setting.split("=", 1))
     server = MilvusServer(config, proxy_port=int(port))
-    server.start()
-    sys.stdout.write("up\n")
-    sys.stdout.flush()
-    sys.stdin.read()
-    server.stop()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        server.start()
+        sys.stdout.write("up\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+    finally:
+        server.stop()

@@ -17,7 +17,7 @@ from matryo.index import Batch
 pytest.importorskip("pymilvus", reason="pip install 'matryo[milvus]'")
 pytest.importorskip("milvus", reason="a real Milvus: pip install 'matryo[milvus-server]', or make test-milvus")
 from pymilvus import DataType, MilvusClient
-from test_milvus import MilvusContract
+from test_milvus import MilvusContract, filters_agree
 
 pytestmark = pytest.mark.slow
 COUNT = itertools.count()
@@ -258,6 +258,12 @@ def test_texts_longer_than_a_field_are_refused_before_anything_is_sent(url):
         assert len(index) == 0
         index.upsert(["é" * 30_000], rows(1, width=8), ["x" * 65_535], [{"a": "y" * 60_000}])
         assert index.search(rows(1, width=8)).metadata == [[{"a": "y" * 60_000}]]
+
+
+def test_filters_mean_what_they_mean_in_a_folder(url, tmp_path):
+    session = f"{url}?consistency=session"  # as quick as they come
+    with Index.create(session, width=32) as index, Index.create(tmp_path / "f", width=32, store="float32") as folder:
+        filters_agree(index, folder)
 
 
 def test_closed_is_closed(url):

@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from pymilvus import MilvusClient
 
 from matryo.core.errors import FormatError, InputError, NoIndexError
 from matryo.core.plan import Plan, Stage
 from matryo.engines import milvus_words as words
 from matryo.engines.base import TOLERANCE, Asked, Can, EngineIndex, Found, Note
-from matryo.engines.milvus_client import OPTIONS, Connection, Embedded, MilvusAddress, connect, patience, read_milvus
+from matryo.engines.milvus_client import (
+    OPTIONS,
+    Connection,
+    Embedded,
+    MilvusAddress,
+    read_milvus,
+    server_of,
+)
 from matryo.engines.milvus_words import Column
 from matryo.index.funnel import Float32s, StageReport
 from matryo.index.report import CheckReport
@@ -63,7 +69,7 @@ class MilvusIndex(EngineIndex):
     def __init__(self, address: MilvusAddress, note: Note, read_only: bool) -> None:
         super().__init__(address, note, read_only)
         self._place = address
-        self._connection = Connection(address, self._connect)
+        self._connection = Connection(address, self._where)
 
     # Making and opening.
 
@@ -490,8 +496,9 @@ class MilvusIndex(EngineIndex):
             raise InputError(f"{address}: give one host, that of the proxy or of the balancer before several")
         return address
 
-    def _connect(self) -> MilvusClient:
-        return connect(self._place)
+    def _where(self) -> str:
+        """Where the server listens."""
+        return server_of(self._place)
 
     def _alone(self) -> AbstractContextManager[Any]:
         """While it is held, nobody else in this process writes; for engines that need it."""
@@ -537,9 +544,8 @@ class MilvusLiteIndex(MilvusIndex):
     def _several_fields(self) -> bool:
         return True
 
-    def _connect(self) -> MilvusClient:
-        port = self._running().port
-        return MilvusClient(f"http://127.0.0.1:{port}", timeout=patience(self._place), dedicated=True)
+    def _where(self) -> str:
+        return f"http://127.0.0.1:{self._running().port}"
 
     def _alone(self) -> AbstractContextManager[Any]:
         self._refuse_closed()

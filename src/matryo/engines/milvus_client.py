@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
+import grpc
+from pymilvus import MilvusClient, MilvusException
+
 from matryo.core.errors import (
     AccessError,
     DamagedError,
@@ -19,12 +22,6 @@ from matryo.core.errors import (
 )
 from matryo.engines.address import NAME, Address, read_address
 from matryo.engines.base import TransientError
-
-try:
-    import grpc
-    from pymilvus import MilvusClient, MilvusException
-except ImportError as error:
-    raise MissingExtraError("pymilvus", "milvus", "an index in Milvus") from error
 
 T = TypeVar("T")
 
@@ -65,11 +62,12 @@ class MilvusAddress(Address):
 
 
 class Connection:
-    """A client, made when it is first needed. `connect` makes it."""
+    """A client, made when it is first needed, of the server that `where` names then."""
 
-    def __init__(self, address: MilvusAddress, connect: Callable[[], MilvusClient]) -> None:
-        self.address, self._connect = address, connect
-        self._patience, self._level = patience(address), _level(address)
+    def __init__(self, address: MilvusAddress, where: Callable[[], str]) -> None:
+        self.address, self._where = address, where
+        self._patience, self._level = _patience(address), _level(address)
+        self._database = "" if address.scheme.endswith("lite") else address.path
         self._client: MilvusClient | None = None
         self._guard = threading.Lock()
 
@@ -101,20 +99,22 @@ class Connection:
     def _connected(self) -> MilvusClient:
         with self._guard:
             if self._client is None:
-                self._client = self._connect()
+                address, token = self.address, self.address.secret or ""
+                if address.user:
+                    token = f"{address.user}:{token}"
+                given = {"server_pem_path": address.options["ca"]} if "ca" in address.options else {}
+                # A dedicated one: another index that closes its own must not close this.
+                self._client = MilvusClient(
+                    self._where(), token=token, db_name=self._database, timeout=self._patience, dedicated=True, **given
+                )
             return self._client
 
 
-def connect(address: MilvusAddress) -> MilvusClient:
-    """A client of a server."""
+def server_of(address: MilvusAddress) -> str:
+    """Where the server of an address listens, as the client takes it."""
     host, port = address.hosts[0] if address.hosts else ("localhost", None)
     tls = address.options.get("tls", "0") not in ("0", "")
-    given = {"server_pem_path": address.options["ca"]} if "ca" in address.options else {}
-    token = address.secret or ""
-    if address.user:
-        token = f"{address.user}:{token}"
-    uri = f"{'https' if tls else 'http'}://{host}:{port or 19530}"
-    return MilvusClient(uri, token=token, db_name=address.path, timeout=patience(address), dedicated=True, **given)
+    return f"{'https' if tls else 'http'}://{host}:{port or 19530}"
 
 
 def raise_as_ours(address: Address, error: Exception) -> NoReturn:
@@ -201,8 +201,7 @@ def read_milvus(path: str | Path, allowed: dict[str, str]) -> MilvusAddress:
     return address
 
 
-def patience(address: Address) -> float:
-    """Seconds that one call may take."""
+def _patience(address: Address) -> float:
     said = address.options.get("timeout", str(PATIENCE))
     try:
         seconds = float(said)

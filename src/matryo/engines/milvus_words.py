@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pymilvus import DataType, MilvusClient
 
 from matryo.core.codecs import Binary
-from matryo.core.errors import InputError
+from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
 from matryo.index.funnel import Float32s
 from matryo.index.where import Compare, Condition, Either, Every, Unless
+
+try:
+    from pymilvus import DataType, MilvusClient
+except ImportError as error:
+    raise MissingExtraError("pymilvus", "milvus", "an index in Milvus") from error
 
 FULL = "vector"
 """The column of full vectors."""
