@@ -48,6 +48,8 @@ SPARE = 8
 """Items an exact scan is asked for beyond its limit, to see whether the last of them tie."""
 RECEIVED = 32 << 20
 """Bytes of one answer, about; queries are asked in such parts."""
+PASSES = 5
+"""Over what differs, when a column is made while others write."""
 IDS = 1000
 """Ids in one expression."""
 SEVERAL_FIELDS = (2, 4)
@@ -63,7 +65,9 @@ class MilvusIndex(EngineIndex):
         ("float32",),
         widest=32_768,
         kept=("float32",),
+        ties=False,  # of graphs and bits; exact scans keep the order of writing
         any_plan=False,
+        commits=False,
     )
 
     def __init__(self, address: MilvusAddress, note: Note, read_only: bool) -> None:
@@ -242,6 +246,7 @@ class MilvusIndex(EngineIndex):
     def _remove(self, keys: list[str]) -> int:
         there = 0
         with self._alone():
+            self._note = self._read_note()  # another process may have prepared a plan
             for some in _tens(keys, IDS):
                 there += len(self._ask("query", self.address.name, filter=words.among(some), output_fields=["id"]))
                 for home in reversed(self._homes()):
@@ -267,7 +272,9 @@ class MilvusIndex(EngineIndex):
 
     def _all(self, collection: str, fields: list[str]) -> Iterator[dict[str, Any]]:
         """Every row of a collection, in parts."""
-        walk = self._ask("query_iterator", collection, batch_size=IDS, filter="", output_fields=fields)
+        walk = self._ask(
+            "query_iterator", collection, batch_size=IDS, filter="", output_fields=fields, consistency_level="Strong"
+        )
         try:
             while rows := self._connection.said(walk.next):
                 yield from rows
@@ -389,8 +396,9 @@ class MilvusIndex(EngineIndex):
             self._make_beside(column, home)
             self._note_column(column, home, ready=False)  # from now on writers write it too
         with self._alone():
-            while self._mend(column, home):
-                pass
+            for _ in range(PASSES):
+                if not self._mend(column, home):
+                    break
         self._note_column(column, home, ready=True)
 
     def _note_column(self, column: Column, home: str, ready: bool) -> None:

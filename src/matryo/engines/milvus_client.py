@@ -72,13 +72,13 @@ class Connection:
         self._guard = threading.Lock()
 
     def ask(self, verb: str, *args: Any, timeout: float | None = None, **given: Any) -> Any:
-        """One call of the client; reads see what the address says they must.
+        """One call of the client; reads see what the address says they must, unless told.
 
         Raises:
             TransientError: another try may help. Our own errors for everything else.
         """
         if verb in ("search", "query", "query_iterator"):
-            given["consistency_level"] = self._level
+            given.setdefault("consistency_level", self._level)
         seconds = max(timeout or 0, self._patience)
         return self.said(lambda: getattr(self._connected(), verb)(*args, timeout=seconds, **given))
 
