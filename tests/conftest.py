@@ -208,9 +208,7 @@ def small_bert(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_depths(
-    small_bert: Path, pairs_file: Path, dev_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def two_depths(small_bert: Path, pairs_file: Path, dev_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That encoder trained at 2 and 4 of its layers and at widths 8, 16 and 32."""
     from matryo.training import TrainConfig, train
 

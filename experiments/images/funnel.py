@@ -68,7 +68,9 @@ def main() -> None:
     rows = []
     for model in options.models:
         for seed in range(options.seeds):
-            kept = [np.load(options.scratch / f"{model}-{seed}-{part}.npy").astype(np.float32) for part in ("train", "val")]
+            kept = [
+                np.load(options.scratch / f"{model}-{seed}-{part}.npy").astype(np.float32) for part in ("train", "val")
+            ]
             with (
                 tempfile.TemporaryDirectory() as folder,
                 mt.Index.create(Path(folder) / "index", width=full, plan=plans[1], store="float32") as index,

@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 where it is fast")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 where it is fast"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--until", help="stop after the epoch that ends past this time of day, HH:MM")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ from matryo.encoders import load
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 from matryo.encoders.smaller import export_smaller
 from matryo.losses import nested_distill, nested_info_nce
-from matryo.training import TrainConfig, train
+from matryo.training import train
 from matryo.training.objective import NestedObjective, Part
 
 WIDTHS = (8, 16, 32)
