@@ -68,9 +68,8 @@ def main() -> None:
     rows = []
     for model in options.models:
         for seed in range(options.seeds):
-            kept = [
-                np.load(options.scratch / f"{model}-{seed}-{part}.npy").astype(np.float32) for part in ("train", "val")
-            ]
+            places = [options.scratch / f"{model}-{seed}-{part}.npy" for part in ("train", "val")]
+            kept = [np.load(place).astype(np.float32) for place in places]
             with (
                 tempfile.TemporaryDirectory() as folder,
                 mt.Index.create(Path(folder) / "index", width=full, plan=plans[1], store="float32") as index,

@@ -1,6 +1,6 @@
 """The paper's first experiment at the scale of one core: MRL, MRL-E and one fixed-feature model per width.
 
-    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--epochs 20] [--precision float32] [--until HH:MM]
+    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--epochs 6] [--until HH:MM]
 
 DATA holds train.parquet and val.parquet (image, label). Every model has the same backbone, recipe and epochs. A
 finished model is one row of results/tiny.jsonl and is not trained again; one that was stopped goes on from its last
@@ -77,10 +77,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 where it is fast"
-    )
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--until", help="stop after the epoch that ends past this time of day, HH:MM")
     options = parser.parse_args()
