@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,24 @@ def once(model: Path, corpus: Path, out: Path, workers: int, group: int, width: 
     """One whole encoding in a fresh process."""
     code = ONCE.replace("width=128", f"width={width}")
     line = [sys.executable, "-c", code, *map(str, (model, corpus, out, workers, group))]
+    before, started = busy_seconds(), time.perf_counter()
     ran = subprocess.run(line, capture_output=True, text=True, check=False)
+    busy = (busy_seconds() - before) / (time.perf_counter() - started)
     if ran.returncode:
         sys.exit(ran.stderr)
     shutil.rmtree(out)
     told: dict[str, Any] = json.loads(ran.stderr.splitlines()[-1])
-    return told
+    return told | {"busy_cores": busy}
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together have worked for anyone: tells whether the machine was ours alone."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def earlier(path: Path) -> list[dict[str, Any]]:
-    names = ("what", "side", "workers", "round", "whole_s", "encoding_s", "rows", "checksum")
+    names = ("what", "side", "workers", "round", "whole_s", "encoding_s", "rows", "checksum", "busy_cores")
     rows = map(json.loads, path.read_text().splitlines())
     return [{name: row[name] for name in names} for row in rows if row["what"] == "run"]
 
@@ -126,7 +135,10 @@ def main() -> None:
                 width = 32 if options.smoke else 128
                 told = once(scratch / "model", scratch / "corpus", scratch / "out", workers, group, width)
                 found.append({"what": "run", "side": side, "workers": workers, "round": turn, **told})
-                print(f"{side}: whole {told['whole_s']:.1f} s, encoding {told['encoding_s']:.1f} s", flush=True)
+                print(
+                    f"{side}: whole {told['whole_s']:.1f} s, encoding {told['encoding_s']:.1f} s, {told['busy_cores']:.2f} cores busy",
+                    flush=True,
+                )
             if len({row["checksum"] for row in found}) > 1 or {row["rows"] for row in found} != {rows}:
                 sys.exit("the sides did not write the same vectors")
             if not options.smoke:  # after every round, that one which is cut off costs itself alone
