@@ -135,10 +135,8 @@ def main() -> None:
                 width = 32 if options.smoke else 128
                 told = once(scratch / "model", scratch / "corpus", scratch / "out", workers, group, width)
                 found.append({"what": "run", "side": side, "workers": workers, "round": turn, **told})
-                print(
-                    f"{side}: whole {told['whole_s']:.1f} s, encoding {told['encoding_s']:.1f} s, {told['busy_cores']:.2f} cores busy",
-                    flush=True,
-                )
+                spent = f"whole {told['whole_s']:.1f} s, encoding {told['encoding_s']:.1f} s"
+                print(f"{side}: {spent}, {told['busy_cores']:.2f} cores busy", flush=True)
             if len({row["checksum"] for row in found}) > 1 or {row["rows"] for row in found} != {rows}:
                 sys.exit("the sides did not write the same vectors")
             if not options.smoke:  # after every round, that one which is cut off costs itself alone
