@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from safetensors.numpy import load_file
 
 from matryo.training.trainer import checkpoints
 
 TRAINERS = Path(__file__).with_name("several_trainers.py")
+EXAMPLES = Path(__file__).parents[2] / "examples" / "several_machines"
 SMALL = {"static": {"width": 32, "vocabulary": 500}, "batch_size": 20, "epochs": 12, "save_steps": 8}
 
 
@@ -86,3 +88,31 @@ def test_a_lost_machine_stops_the_others_and_the_run_goes_on_to_the_same_bits(py
     assert one.keys() == two.keys()
     for name in one:
         assert one[name].tobytes() == two[name].tobytes(), name
+
+
+STANDINS = {
+    "scontrol": 'echo "$@" >> "$LOG"\n[ "$1" = show ] && printf "n1\\nn2\\n"\nexit 0',
+    "srun": 'shift\nfor n in 0 1; do SLURM_NODEID=$n "$@" || exit 1; done',
+    "torchrun": 'echo "torchrun $*" >> "$LOG"\nexit "${FAIL:-0}"',
+}
+"""Commands that say what they were asked, as there is no Slurm here."""
+TRAIN = "-m matryo train pairs.parquet --config train.yaml --out out"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("resuming", [False, True])
+def test_the_slurm_file_numbers_the_machines_and_resumes(tmp_path, failing, resuming):
+    for name, what in STANDINS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{what}\n")
+        (tmp_path / name).chmod(0o755)
+    if resuming:
+        (tmp_path / "out" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": "log", "OUT": "out", "FAIL": str(int(failing))}
+    ran = subprocess.run(["bash", EXAMPLES / "slurm.sh"], cwd=tmp_path, env=os.environ | slurm | own, timeout=60)
+    assert ran.returncode == int(failing)
+    said = (tmp_path / "log").read_text().splitlines()
+    more = " --resume" if resuming else ""
+    where = "--nproc-per-node 8 --master-addr n1 --master-port 29500"
+    machines = [f"torchrun --nnodes 2 --node-rank {n} {where} {TRAIN}{more}" for n in (0, 1)]
+    assert said == ["show hostnames n[1-2]", *([*machines[:1], "requeue 7"] if failing else machines)]
