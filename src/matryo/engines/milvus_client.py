@@ -43,9 +43,12 @@ DENIED = ("auth check", "permission deny", "permissiondenied", "privilege", "una
 NOT_NOW = (
     "not ready", "unavailable", "not loaded", "not fully loaded", "recovering", "no available", "not available",
     "rate limit", "node not match", "node offline", "connection", "fail connecting", "timeout", "context canceled",
-    "initializing", "abnormal", "not healthy", "server id mismatch", "deadline", "retry run out",
+    "initializing", "closed channel", "no channel", "abnormal", "not healthy", "server id mismatch", "deadline",
+    "retry run out",
 )  # fmt: skip
 """What a server says that starts, stops, or moves data about."""
+CONNECT_FAILED = 2
+"""The client's code for no connection, and the server's for a service that is away."""
 FULL_UP = ("quota", "no space", "disk full", "out of memory", "insufficient memory", "memory limit")
 
 
@@ -80,7 +83,11 @@ class Connection:
         if verb in ("search", "query", "query_iterator"):
             given.setdefault("consistency_level", self._level)
         seconds = max(timeout or 0, self._patience)
-        return self.said(lambda: getattr(self._connected(), verb)(*args, timeout=seconds, **given))
+        try:
+            return self.said(lambda: getattr(self._connected(), verb)(*args, timeout=seconds, **given))
+        except TransientError:
+            self.close()  # a client whose server went away may not come back to life; the next try makes another
+            raise
 
     def said(self, call: Callable[[], T]) -> T:
         """What a call answers, its errors as ours."""
@@ -119,24 +126,29 @@ def server_of(address: MilvusAddress) -> str:
 
 def raise_as_ours(address: Address, error: Exception) -> NoReturn:
     """Raise what the client raised as one of our errors; a TransientError where another try may help."""
-    said = address.clean(error)
-    message = address.clean(getattr(error, "message", "") or error).lower()
-    if isinstance(error, grpc.RpcError):
-        message = f"{error.code().name} {error.details()}".lower() if hasattr(error, "code") else message
+    # A connection that fails has its reason in the error before it only.
+    told = [_said(one) for one in dict.fromkeys((error, error.__cause__)) if one is not None]
+    said = address.clean("; ".join(dict.fromkeys(told)))
+    message, code = said.lower(), getattr(error, "code", None)
     if any(mark in message for mark in DENIED):
         raise AccessError(f"{address}: {said}; name the user in the URL and set {SECRET} or {SECRET}_FILE") from error
-    code = getattr(error, "code", None)
     if code == 100 or "collection not found" in message or "can't find collection" in message:
         raise NoIndexError(f"{address}: what the index holds is gone ({said}); build it again") from error
     if any(mark in message for mark in FULL_UP):
         raise StorageError(f"{address}: the server refused ({said}); what was acknowledged is there") from error
     if "database not found" in message:
         raise InputError(f"{address}: {said}; create the database, or name another in the URL") from error
-    if isinstance(error, grpc.RpcError) or any(mark in message for mark in NOT_NOW):
+    if isinstance(error, grpc.RpcError) or code == CONNECT_FAILED or any(mark in message for mark in NOT_NOW):
         raise TransientError(said) from error
     if any(mark in message for mark in ("field", "schema", "dimension", "data type", "datatype")):
         raise FormatError(f"{address} is not a collection that Matryo made, or was changed: {said}") from error
     raise StorageError(f"{address}: the server refused ({said}); what was acknowledged is there") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, grpc.RpcError) and hasattr(error, "details"):
+        return f"{error.code().name}: {error.details()}"
+    return str(getattr(error, "message", "") or error)
 
 
 class Embedded:
