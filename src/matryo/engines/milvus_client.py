@@ -136,7 +136,7 @@ def raise_as_ours(address: Address, error: Exception) -> NoReturn:
         raise NoIndexError(f"{address}: what the index holds is gone ({said}); build it again") from error
     if any(mark in message for mark in FULL_UP):
         raise StorageError(f"{address}: the server refused ({said}); what was acknowledged is there") from error
-    if "database not found" in message:
+    if "database" in message and "not found" in message:
         raise InputError(f"{address}: {said}; create the database, or name another in the URL") from error
     if isinstance(error, grpc.RpcError) or code == CONNECT_FAILED or any(mark in message for mark in NOT_NOW):
         raise TransientError(said) from error
