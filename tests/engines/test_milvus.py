@@ -1,6 +1,5 @@
 """Milvus Lite by the contract of every index. `test_milvus_server.py` asks a real server the same."""
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,14 +180,6 @@ def test_wrong_doors_are_named(url, tmp_path):
         Index.create(url, width=8)
     with pytest.raises(NoIndexError):
         Index.open(url.replace("docs", "other"))
-
-
-def test_the_command_line_takes_the_url(url, tmp_path, python):
-    np.save(tmp_path / "v.npy", rows(30))
-    built = python("-m", "matryo", "index", "build", tmp_path / "v.npy", "--out", url, "--json")
-    assert json.loads(built.stdout)["items"] == 30, built.stderr
-    assert "open elsewhere" not in python("-m", "matryo", "index", "check", url).stderr
-    assert json.loads(python("-m", "matryo", "index", "stats", url, "--json").stdout)["store"] == "float32"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-import grpc
-from pymilvus import MilvusClient, MilvusException
-
 from matryo.core.errors import (
     AccessError,
     DamagedError,
@@ -22,6 +19,12 @@ from matryo.core.errors import (
 )
 from matryo.engines.address import NAME, Address, read_address
 from matryo.engines.base import TransientError
+
+try:
+    import grpc
+    from pymilvus import MilvusClient, MilvusException
+except ImportError as error:
+    raise MissingExtraError("pymilvus", "milvus", "an index in Milvus") from error
 
 T = TypeVar("T")
 
