@@ -26,7 +26,7 @@ import psycopg
 
 from common import save, synthetic
 from matryo import Index
-from matryo.engines.postgres_sql import copy_rows, list_text
+from matryo.engines.postgres_sql import Vector, VectorDumper, copy_rows
 from matryo.index import Batch
 
 K, RECALL = 10, 0.99
@@ -170,11 +170,13 @@ def graphs(connection: psycopg.Connection, index: Index, queries: Any, truth: li
     bytes_of = {"usual": int(size[0]), "funnel": sum(graph.values())}
 
     connection.execute("SET enable_seqscan = off")
+    connection.adapters.register_dumper(Vector, VectorDumper)  # the usual way sends its query as numbers too
 
     def by_hand(query: Any, ef: int) -> set[int]:
         connection.execute(f"SET hnsw.ef_search = {ef}")
         found = connection.execute(
-            f"SELECT id, embedding <=> %s::vector AS far FROM usual ORDER BY far LIMIT {K}", [list_text(query)]
+            f"SELECT id, embedding <=> %s::vector AS far FROM usual ORDER BY far LIMIT {K}",
+            [Vector.of(query, "float32")],
         ).fetchall()
         return {int(key) for key, _ in found}
 

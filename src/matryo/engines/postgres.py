@@ -31,6 +31,7 @@ from matryo.index.report import CheckReport
 try:
     import psycopg
     from psycopg import errors, sql
+    from psycopg.pq import TransactionStatus
 except ImportError as error:
     raise MissingExtraError("psycopg", "postgres", "an index in PostgreSQL") from error
 
@@ -174,12 +175,12 @@ class PostgresIndex(EngineIndex):
         return opened
 
     def _read_note(self) -> Note:
-        with self._transaction() as connection:
-            there = connection.execute("SELECT to_regclass('matryo_indexes')").fetchone()
-            found = None
-            if there is not None and there[0] is not None:
-                query = sql.SQL("SELECT note FROM {} WHERE name = %s").format(NOTES)
-                found = connection.execute(query, [self.address.name]).fetchone()
+        query, found = sql.SQL("SELECT note FROM {} WHERE name = %s").format(NOTES), None
+        # Read before every search by the index's own plan: one way there and back.
+        with self._connected() as connection, suppress(errors.UndefinedTable):
+            with connection.pipeline(), connection.transaction():
+                cursor = connection.execute(query, [self.address.name])
+            found = cursor.fetchone()
         if found is None:
             raise NoIndexError(f"{self.address} holds no index; make one with Index.create(url, width=...)")
         return Note.read(found[0], self.address)
@@ -351,13 +352,7 @@ class PostgresIndex(EngineIndex):
 
     def stats(self) -> dict[str, Any]:
         noted = self._latest()
-        with self._transaction() as connection:
-            sizes = connection.execute(
-                "SELECT c.relname, pg_relation_size(c.oid) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-                "WHERE i.indrelid = to_regclass(%s)",
-                [f'"{self.address.name}"'],
-            ).fetchall()
-            table = connection.execute("SELECT pg_table_size(to_regclass(%s))", [f'"{self.address.name}"']).fetchone()
+        table, indexes = self._trying(self._sizes)
         return {
             "items": len(self),
             "width": noted.width,
@@ -367,20 +362,34 @@ class PostgresIndex(EngineIndex):
             "format": noted.format,
             "store": noted.store,
             "bytes_per_item": {},
-            "table_bytes": int(table[0]) if table else 0,
-            "index_bytes": {name: int(size) for name, size in sizes},
+            "table_bytes": table,
+            "index_bytes": indexes,
         }
+
+    def _sizes(self) -> tuple[int, dict[str, int]]:
+        """Bytes of the table, and of each index by its name."""
+        name = f'"{self.address.name}"'
+        with self._transaction() as connection:
+            sizes = connection.execute(
+                "SELECT c.relname, pg_relation_size(c.oid) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+                "WHERE i.indrelid = to_regclass(%s)",
+                [name],
+            ).fetchall()
+            table = connection.execute("SELECT pg_table_size(to_regclass(%s))", [name]).fetchone()
+        return int(table[0]) if table else 0, {index: int(size) for index, size in sizes}
 
     def check(self) -> CheckReport:
         """Read every row; damage that the server's page checksums find is said here."""
+        self._refuse_closed()
+        every = sql.SQL("SELECT count(*) FROM {} WHERE octet_length(id) + vector_norm(vector::vector) < 0")
+
+        def read() -> None:
+            with self._transaction() as connection:
+                connection.execute(every.format(self._table))
+
         problems = []
         try:
-            with self._transaction() as connection:
-                connection.execute(
-                    sql.SQL("SELECT count(*) FROM {} WHERE octet_length(id) + vector_norm(vector::vector) < 0").format(
-                        self._table
-                    )
-                )
+            self._trying(read)
         except (StorageError, FormatError, InputError) as error:
             problems.append(str(error))
         return CheckReport((self.address.name,), tuple(problems), ())
@@ -436,7 +445,9 @@ class PostgresIndex(EngineIndex):
         finally:
             if connection is not None:
                 with self._guard:
-                    keep = not (self._closed or connection.closed or connection.broken)
+                    # One whose transaction failed in a pipeline may still be in it.
+                    idle = connection.info.transaction_status == TransactionStatus.IDLE
+                    keep = idle and not (self._closed or connection.closed or connection.broken)
                     if keep:
                         self._idle.append(connection)
                 if not keep:
@@ -487,7 +498,9 @@ def _connect(address: Address) -> "psycopg.Connection[Any]":
     parts |= {"user": address.user, "password": address.secret}
     given |= options | {name: value for name, value in parts.items() if value}
     try:
-        return psycopg.connect(**given)
+        connection = psycopg.connect(**given)
+        connection.adapters.register_dumper(words.Vector, words.VectorDumper)
+        return connection
     except psycopg.OperationalError as error:
         said = address.clean(error)
         if any(mark in said for mark in ("authentication failed", "no password", "role ", "no pg_hba")):

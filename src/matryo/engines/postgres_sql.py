@@ -6,10 +6,13 @@ prefix, and the exact full-width order at the end (pgvector's `subvector`, `half
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from psycopg import sql
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from matryo.core.plan import Plan, Stage
@@ -18,10 +21,33 @@ from matryo.index.funnel import Float32s
 from matryo.index.where import Compare, Condition, Either, Every, Unless
 
 TYPES = {"float16": "halfvec", "float32": "vector"}
+SENT_AS = {"float16": ">f2", "float32": ">f4"}
 OPERATORS = {"float32": "vector_cosine_ops", "float16": "halfvec_cosine_ops", "binary": "bit_hamming_ops"}
 COPY_HEADER, COPY_END = b"PGCOPY\n\xff\r\n\0" + b"\0" * 8, b"\xff\xff"
 SENT = 1 << 20
 """Bytes handed to the driver at a time."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A bound value in pgvector's binary form: a text of as many numbers takes milliseconds to write and read."""
+
+    data: bytes
+
+    @classmethod
+    def of(cls, row_D: Float32s, code: str) -> "Vector":
+        """A row as the type of `code`."""
+        return cls(struct.pack("!hh", len(row_D), 0) + row_D.astype(SENT_AS[code]).tobytes())
+
+
+class VectorDumper(Dumper):
+    """Sends a `Vector`, and names no type: the statement's cast does. Types of pgvector have no fixed numbers."""
+
+    format = Format.BINARY
+
+    def dump(self, obj: Vector) -> bytes:
+        return obj.data
+
 
 Words = tuple[sql.Composed | sql.SQL, list[Any]]
 
@@ -38,11 +64,11 @@ def expression(stage: Stage) -> sql.Composed:
 
 def distance(stage: Stage, query_D: Float32s) -> Words:
     """The stage's distance of an item from the query, whose prefix is cut and renormalised here."""
-    prefix = list_text(truncate(query_D[None], stage.width)[0])
+    prefix = truncate(query_D[None], stage.width)[0]
     if stage.code == "binary":
-        return sql.SQL("{} <~> binary_quantize(%s::vector)").format(expression(stage)), [prefix]
-    kind = "halfvec" if stage.code == "float16" else "vector"
-    return sql.SQL("{} <=> %s::" + kind).format(expression(stage)), [prefix]
+        return sql.SQL("{} <~> binary_quantize(%s::vector)").format(expression(stage)), [Vector.of(prefix, "float32")]
+    words = sql.SQL("{} <=> %s::" + TYPES[stage.code]).format(expression(stage))
+    return words, [Vector.of(prefix, stage.code)]
 
 
 def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: Condition | None, tie: str) -> Words:
@@ -53,7 +79,6 @@ def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: 
     """
     full = len(query_D)
     exact = sql.SQL("(vector::vector({}) <#> %s::vector)").format(sql.Literal(full))
-    text = list_text(query_D)
     condition, values = condition_of(where)
     source: sql.Identifier = table
     parts: list[sql.Composed] = []
@@ -75,7 +100,7 @@ def funnel(table: sql.Identifier, plan: Plan, query_D: Float32s, k: int, where: 
     best = sql.SQL("best AS MATERIALIZED (SELECT row, id, {} AS far FROM {} {} ORDER BY far, {} LIMIT {})").format(
         exact, source, sql.SQL("") if stages else condition, sql.Identifier(tie), sql.Literal(k)
     )
-    bound += [text, *([] if stages else values)]
+    bound += [Vector.of(query_D, "float32"), *([] if stages else values)]
     return sql.SQL(
         "WITH {} SELECT t.id, -best.far, t.document, t.metadata::text FROM best JOIN {} t USING (id) "
         "ORDER BY best.far, {}"
@@ -90,11 +115,6 @@ def by_prefix(table: sql.Identifier, query_D: Float32s, width: int, k: int, wher
         "SELECT id, 1 - far, document, metadata::text FROM "
         "(SELECT *, {} AS far FROM {} {} ORDER BY far, {} LIMIT {}) best ORDER BY far, {}"
     ).format(words, table, condition, *[sql.Identifier(tie), sql.Literal(k), sql.Identifier(tie)]), [*given, *values]
-
-
-def list_text(row: Float32s) -> str:
-    """A vector as pgvector reads it; nine digits give back the same float32."""
-    return "[" + ",".join(f"{x:.9g}" for x in row.tolist()) + "]"
 
 
 def condition_of(where: Condition | None) -> Words:
@@ -158,7 +178,7 @@ def copy_rows(
     A vector is its number of dimensions, two bytes of nothing, and its numbers, all big-endian (pgvector's
     `vector_send` and `halfvec_send`); jsonb is a version byte and the text.
     """
-    wide = units_ND.astype(">f2" if store == "float16" else ">f4")
+    wide = units_ND.astype(SENT_AS[store])
     size = 4 + wide.shape[1] * wide.itemsize
     head = struct.pack("!ihh", size, wide.shape[1], 0)
     block = bytearray(COPY_HEADER)
