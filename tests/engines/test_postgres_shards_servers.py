@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psycopg
@@ -223,19 +224,25 @@ def test_a_search_names_the_shard_that_is_away_and_goes_on_when_it_is_back(url, 
         assert index.search(rows(3, seed=1)) == expected
 
 
-def test_a_shard_that_is_back_within_the_attempts_costs_nothing(url, three_postgres):
+def test_a_shard_that_is_back_within_the_attempts_costs_nothing(url, three_postgres, monkeypatch):
+    lost = []
+
+    def wait(_):
+        while lost:
+            lost.pop().start()
+
+    def lose(server):
+        server.crash()
+        lost.append(server)
+
+    monkeypatch.setattr(base, "time", SimpleNamespace(sleep=wait))
     with Index.create(url, width=WIDTH) as index:
         index.upsert(names(200), rows(200))
-        three_postgres[2].crash()
-        back = threading.Timer(0.2, three_postgres[2].start)
-        back.start()
-        assert index.search(rows(1), k=200).ids
-        back.join()
-        three_postgres[0].crash()
-        back = threading.Timer(0.2, three_postgres[0].start)
-        back.start()
+        lose(three_postgres[2])
+        assert len(index.search(rows(1), k=200).ids[0]) == 200
+        lose(three_postgres[0])
         assert index.upsert(names(220), rows(220)) == 220
-        back.join()
+        assert not lost
         assert len(index) == 220
 
 
