@@ -108,11 +108,13 @@ def rows_of(cells: Sequence[Cell], found: Statistics, metrics: Sequence[str], ve
                 else found.difference(cell.label, other, metric)
             )
             trained = None if cell.system.trained is None else cell.width in cell.system.trained
+            share, share_low, share_high = found.share(cell.label, whole, metric)
+            difference, difference_low, difference_high = gap
             rows.append(
                 Row(
                     cell.system.name, cell.width, cell.code, cell.bytes, trained, metric, value, low, high,
-                    *found.share(cell.label, whole, metric), other if gap[0] is not None else None, *gap,
-                    depth=cell.system.depth,
+                    share, share_low, share_high, other if difference is not None else None,
+                    difference, difference_low, difference_high, cell.system.depth,
                 )
             )  # fmt: skip
     return rows

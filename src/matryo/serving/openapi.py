@@ -213,6 +213,7 @@ def _model() -> Schema:
             "backend": {"type": "string"},
             "revision": _maybe({"type": "string"}),
             "quality": {"type": "array", "items": {"type": "object"}},
+            "quality_by_depth": {"type": "array", "items": {"type": "object"}},
         },
         closed=True,
     )
