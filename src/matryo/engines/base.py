@@ -63,8 +63,6 @@ class Can:
     """Whether a shortlist that is cut between equal scores holds those that come first in that order."""
     any_plan: bool = True
     """Whether a search may go by a plan that was not prepared."""
-    commits: bool = True
-    """Whether a batch is one commit; where not, one that was cut off may be there in part until it is written again."""
 
 
 @dataclass(frozen=True)
