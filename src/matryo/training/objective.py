@@ -189,7 +189,7 @@ class NestedObjective(nn.Module):
                 if self.sampler:
                     depths = depths.at(nesting)
                 total, each = over_depths(lambda own, its: part(Batch(own, labels, taught), its), columns, depths)
-                found = dict(each)
+                found.update((depth, one) for depth, one in each.items())
         except InputError as error:
             blame = _bad_row(columns)
             raise InputError(blame) if blame else error from error
