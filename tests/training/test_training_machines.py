@@ -61,6 +61,7 @@ class Machines:
         return [agent.returncode for agent in self.agents]
 
 
+@pytest.mark.slow
 def test_a_lost_machine_stops_the_others_and_the_run_goes_on_to_the_same_bits(python, pairs_file, tmp_path):
     yaml = tmp_path / "small.yaml"
     yaml.write_text(json.dumps(SMALL))
