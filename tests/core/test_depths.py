@@ -28,7 +28,7 @@ def test_fixed_pairs_keep_the_weights_of_their_widths():
         ({"depths": [0, 2]}, "depths must be integers >= 1"),
         ({"depths": [True, 2]}, "depths must be integers >= 1"),
         ({"depths": [4, 2]}, r"depths must rise strictly, got \[4, 2\]; try \[2, 4\]"),
-        ({"weights": [1.0]}, "2 widths need 1 weights|2 widths need 2 weights, got 1"),
+        ({"weights": [1.0]}, "2 depths need 2 weights, got 1"),
         ({"weights": [1.0, 0.0]}, "the last depth must have a weight above 0"),
         ({"widths": [[8]]}, "2 depths need 2 lists of widths, got 1"),
         ({"widths": [[8], [16]]}, r"the last depth must train the full width 32, got \[16\]"),

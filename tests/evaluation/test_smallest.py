@@ -49,8 +49,12 @@ def test_fewest_layers_then_fewest_bytes(report):
             assert not fewer or other == row
 
 
-def test_the_whole_model_reaches_any_share(report):
-    assert report.smallest(1.0)[-1].depth in (None, 2)
+def test_the_whole_model_keeps_all_of_itself(report):
+    whole = report.select(model="two depths", code="float32")[-1]
+    assert whole.width == 16
+    found = report.smallest(1.0)
+    assert found
+    assert all(row.share_low == 1 and row.bytes <= whole.bytes for row in found)
 
 
 @pytest.mark.parametrize("share", [0, 1.5, True, "0.9"])

@@ -59,8 +59,11 @@ class DepthNesting:
             raise InputError(f"depths must be integers >= 1, at least one, got {got}")
         if any(a >= b for a, b in pairwise(got)):
             raise InputError(f"depths must rise strictly, got {got}; try {sorted(set(got))}")
-        # A nesting of depths has the same laws for its weights.
-        scale = Nesting(got, weights).weights
+        try:
+            # A nesting of depths has the same laws for its weights.
+            scale = Nesting(got, weights).weights
+        except InputError as error:
+            raise InputError(str(error).replace("width", "depth")) from error
         if scale[-1] == 0:
             raise InputError("the last depth must have a weight above 0: the others are held against it")
         if not (np.isfinite(align) and align >= 0):
