@@ -181,6 +181,10 @@ class EngineIndex(Index):
         """About n items drawn at random, ids and (n, D) rows."""
 
     @abstractmethod
+    def _occupied(self) -> dict[str, Any]:
+        """What `stats` says besides: bytes, columns, whatever the engine can tell."""
+
+    @abstractmethod
     def _read_note(self) -> Note:
         """The note as it is there now."""
 
@@ -362,6 +366,20 @@ class EngineIndex(Index):
         self._change(lambda latest: replace(latest, plan=str(best), promise=promise.as_json()))
         return promise
 
+    def stats(self) -> dict[str, Any]:
+        noted = self._latest()
+        return {
+            "items": len(self),
+            "width": noted.width,
+            "plan": noted.plan,
+            "promise": noted.promise,
+            "model": noted.model,
+            "format": noted.format,
+            "store": noted.store,
+            "bytes_per_item": {},
+            **self._trying(self._occupied),
+        }
+
     def close(self) -> None:
         self._closed = True
 
@@ -371,6 +389,15 @@ class EngineIndex(Index):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.address)!r}, width={self._note.width}, plan={self._note.plan!r})"
+
+    def _made(self, make: Callable[[], None]) -> Self:
+        """This index, once `make` has made it there; closed again where it fails."""
+        try:
+            self._trying(make)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def _upsert(self, batch: Batch, source: dict[str, Any] | None) -> int:
         self._refuse_reading()

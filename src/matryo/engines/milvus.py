@@ -97,12 +97,7 @@ class MilvusIndex(EngineIndex):
     @classmethod
     def _create(cls, path: str | Path, note: Note) -> Self:
         made = cls(cls._address(path), replace(note, extra={"made": uuid.uuid4().hex}), False)
-        try:
-            made._trying(made._make)
-        except BaseException:
-            made.close()
-            raise
-        return made
+        return made._made(made._make)
 
     def _make(self) -> None:
         name, width = self.address.name, self._note.width
@@ -440,19 +435,9 @@ class MilvusIndex(EngineIndex):
 
     # Keeping.
 
-    def stats(self) -> dict[str, Any]:
-        noted = self._latest()
-        return {
-            "items": len(self),
-            "width": noted.width,
-            "plan": noted.plan,
-            "promise": noted.promise,
-            "model": noted.model,
-            "format": noted.format,
-            "store": noted.store,
-            "bytes_per_item": {},
-            "columns": {key: said["in"] for key, said in noted.extra["columns"].items() if said["ready"]},
-        }
+    def _occupied(self) -> dict[str, Any]:
+        columns = self._note.extra["columns"].items()
+        return {"columns": {key: said["in"] for key, said in columns if said["ready"]}}
 
     def check(self) -> CheckReport:
         """Read every item: vectors that are no unit rows are damage; what lies beside and differs is made again."""

@@ -107,12 +107,7 @@ class PostgresIndex(EngineIndex):
     @classmethod
     def _create(cls, path: str | Path, note: Note) -> Self:
         made = cls(_address(path), note, False)
-        try:
-            made._trying(made._make)
-        except BaseException:
-            made.close()
-            raise
-        return made
+        return made._made(made._make)
 
     def _make(self) -> None:
         with self._transaction() as connection:
@@ -350,21 +345,9 @@ class PostgresIndex(EngineIndex):
             ).fetchall()
         return [key for key, _ in rows], np.stack([words.read_vector(text) for _, text in rows])
 
-    def stats(self) -> dict[str, Any]:
-        noted = self._latest()
-        table, indexes = self._trying(self._sizes)
-        return {
-            "items": len(self),
-            "width": noted.width,
-            "plan": noted.plan,
-            "promise": noted.promise,
-            "model": noted.model,
-            "format": noted.format,
-            "store": noted.store,
-            "bytes_per_item": {},
-            "table_bytes": table,
-            "index_bytes": indexes,
-        }
+    def _occupied(self) -> dict[str, Any]:
+        table, indexes = self._sizes()
+        return {"table_bytes": table, "index_bytes": indexes}
 
     def _sizes(self) -> tuple[int, dict[str, int]]:
         """Bytes of the table, and of each index by its name."""

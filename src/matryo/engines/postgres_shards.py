@@ -78,12 +78,7 @@ class PostgresShards(EngineIndex):
         for n, shard in enumerate(made.shards):
             shard._note = replace(note, extra={SHARDS: {"index": identity, "of": of, "this": n}})
         made._note = made.shards[0]._note
-        try:
-            made._trying(made._make)
-        except BaseException:
-            made.close()
-            raise
-        return made
+        return made._made(made._make)
 
     def _make(self) -> None:
         """One transaction on every shard, committed when all are made, the first shard last."""
@@ -240,13 +235,10 @@ class PostgresShards(EngineIndex):
         chosen = self.check_plan(noted.plan if plan is None else plan, noted.width)
         self._each(lambda shard: shard.prepare(chosen))
 
-    def stats(self) -> dict[str, Any]:
-        self._refuse_closed()
+    def _occupied(self) -> dict[str, Any]:
         each = self._each(lambda shard: shard.stats())
         names = {name for one in each for name in one["index_bytes"]}
         return {
-            **each[0],
-            "items": sum(one["items"] for one in each),
             "table_bytes": sum(one["table_bytes"] for one in each),
             "index_bytes": {name: sum(one["index_bytes"].get(name, 0) for one in each) for name in sorted(names)},
             "shards": [

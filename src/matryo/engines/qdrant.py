@@ -107,10 +107,6 @@ class QdrantIndex(EngineIndex):
     def _sizes(self) -> dict[str, int]:
         """Name -> dimensions of the collection's vectors."""
 
-    @abstractmethod
-    def _occupied(self) -> Json:
-        """What `stats` says besides: bytes, segments."""
-
     # The verbs.
 
     @classmethod
@@ -297,19 +293,7 @@ class QdrantIndex(EngineIndex):
             start = page[PAGE].id
 
     def stats(self) -> Json:
-        noted = self._latest()
-        return {
-            "items": len(self),
-            "width": noted.width,
-            "plan": noted.plan,
-            "promise": noted.promise,
-            "model": noted.model,
-            "format": noted.format,
-            "store": noted.store,
-            "bytes_per_item": {},
-            "vectors": list(self._vectors(noted)),
-            **self._trying(self._occupied),
-        }
+        return {**super().stats(), "vectors": list(self._vectors(self._note))}
 
     def check(self) -> CheckReport:
         """Read every item: its id, its fields, the length of its vector, and that it has every prefix."""
