@@ -240,7 +240,7 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(serve, static_model
             before = [child for child in children(one.process.pid) if b"spawn" in _line(child)]
         # A lone caller may always reach the same worker: stop that one to hear the other.
         os.kill(before[0], signal.SIGKILL)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while True:
             assert client.embeddings.create(model="words", input="mail").usage.total_tokens == 1
             now = [child for child in children(one.process.pid) if b"spawn" in _line(child)]
@@ -250,6 +250,32 @@ def test_a_killed_worker_is_replaced_while_the_other_answers(serve, static_model
             time.sleep(0.05)
     assert before[1] in now
     one.stop()
+
+
+def test_a_worker_killed_before_it_answers_is_replaced_at_once(serve, static_model):
+    """Its parent waits for its first sign of life, which never comes."""
+    one = serve(static_model, "--workers", 2)
+    before: list[int] = []
+    while len(before) < 2:
+        before = [child for child in children(one.process.pid) if b"spawn" in _line(child)]
+    time.sleep(0.8)  # the parent asks after half a second; a worker loads numpy first
+    for child in before:
+        os.kill(child, signal.SIGKILL)
+    began = time.monotonic()
+    with one.openai(max_retries=8) as client:
+        assert client.embeddings.create(model="words", input="mail").usage.total_tokens == 1
+    assert time.monotonic() - began < 45  # the health check alone would take 60
+    assert not {*before} & {*children(one.process.pid)}
+    one.stop()
+
+
+def test_workers_stop_when_their_parent_was_killed(serve, static_model):
+    one = serve(static_model, "--workers", 2)
+    with one.openai(max_retries=5) as client:
+        client.embeddings.create(model="words", input="mail")
+    one.stop(signal.SIGKILL)  # returns when the last worker has closed what they all write to
+    with pytest.raises(ConnectionError):
+        socket.create_connection(("127.0.0.1", int(one.url.rsplit(":", 1)[1])))
 
 
 def _line(process: int) -> bytes:

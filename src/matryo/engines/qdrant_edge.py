@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,11 @@ class QdrantEdgeIndex(QdrantIndex):
 
     _shard: "edge.EdgeShard | None" = None
     _lock: Lock | None = None
+
+    def __init__(self, address: Address, note: Note, read_only: bool) -> None:
+        """Not for callers: use `create` or `open`."""
+        super().__init__(address, note, read_only)
+        self._calls, self._free = 0, threading.Condition()
 
     @classmethod
     def _create(cls, path: str | Path, note: Note) -> Self:
@@ -112,7 +118,7 @@ class QdrantEdgeIndex(QdrantIndex):
     def close(self) -> None:
         """Close the shard and give the folder free; harmless twice."""
         super().close()
-        shard, self._shard = self._shard, None
+        shard = self._taken_out()
         if shard is not None:
             with suppress(Exception):
                 shard.close()
@@ -121,12 +127,26 @@ class QdrantEdgeIndex(QdrantIndex):
 
     @contextmanager
     def _open_shard(self) -> Iterator["edge.EdgeShard"]:
-        shard = self._shard
-        if shard is None:
-            self._refuse_closed()
-            raise TransientError("the shard is being opened anew")
-        with _said(self.address):
-            yield shard
+        with self._free:
+            shard = self._shard
+            if shard is None:
+                self._refuse_closed()
+                raise TransientError("the shard is being opened anew")
+            self._calls += 1
+        try:
+            with _said(self.address):
+                yield shard
+        finally:
+            with self._free:
+                self._calls -= 1
+                self._free.notify_all()
+
+    def _taken_out(self) -> "edge.EdgeShard | None":
+        """The shard, once the calls that are in it have returned; Edge refuses to close it under them."""
+        with self._free:
+            shard, self._shard = self._shard, None  # calls meanwhile try again
+            self._free.wait_for(lambda: self._calls == 0)
+        return shard
 
     def _query(self, requests: list[Json]) -> list[list[Answer]]:
         with self._open_shard() as shard:
@@ -181,9 +201,16 @@ class QdrantEdgeIndex(QdrantIndex):
                         )
                     )
             shard.flush()
-            self._shard = None  # searches meanwhile try again
+        self._shard = self._loaded_with(vectors)
+
+    def _loaded_with(self, vectors: Vectors) -> "edge.EdgeShard":
+        """The shard closed and loaded with another configuration."""
+        with _said(self.address):
+            shard = self._taken_out()
+            if shard is None:
+                raise TransientError("the shard is being opened anew")
             shard.close()
-            self._shard = edge.EdgeShard.load(str(Path(self.address.path) / SHARD), _config(vectors))
+            return edge.EdgeShard.load(str(Path(self.address.path) / SHARD), _config(vectors))
 
     def _index_fields(self, kinds: dict[str, str]) -> None:
         schemas = {"keyword": edge.PayloadSchemaType.Keyword, "float": edge.PayloadSchemaType.Float}

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 import uvicorn
@@ -59,7 +61,7 @@ def serve(settings: Settings) -> None:
     try:
         opened = _bound(settings)
         _say_where(opened)
-        Multiprocess(_config(settings, "matryo.serving.server:worker"), sockets=[opened]).run()
+        Workers(_config(settings, "matryo.serving.server:worker"), sockets=[opened]).run()
     finally:
         shutil.rmtree(counters, ignore_errors=True)
 
@@ -68,7 +70,37 @@ def worker() -> Starlette:
     """The application of one worker process, from the settings its parent left in the environment."""
     log_to()
     sys.setswitchinterval(SWITCH_SECONDS)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     return create_app(open_service(Settings.from_json(os.environ[HANDED_ON])), signals=True)
+
+
+def _stop_with_parent() -> None:
+    """Stop when the parent is gone, even killed: nobody else would, and the port would stay taken."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Workers(Multiprocess):
+    """Worker processes that are replaced as soon as they die.
+
+    The parent asks each now and then whether it lives, and waits up to the health check's time for an answer. As it
+    holds the worker's end of that pipe too, it would wait all of it for one that was killed before it answered: when
+    that end is the worker's alone, it is closed with the worker.
+    """
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        self._leave_their_ends()
+
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        self._leave_their_ends()
+
+    def _leave_their_ends(self) -> None:
+        for process in self.processes:
+            process.child_conn.close()  # harmless twice
 
 
 def _config(settings: Settings, app: Starlette | str) -> uvicorn.Config:
