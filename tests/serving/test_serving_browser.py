@@ -1,6 +1,5 @@
 """The page in a real Chromium: typed in, slid, clicked, read by axe, watched for errors and foreign requests."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -218,30 +217,25 @@ def test_with_keys_it_asks_and_keeps_the_key_in_memory(visit, serve, trained, py
     visit.wrong[:] = refused  # Chromium itself logs answers of 401 and 404
 
 
-def test_a_model_with_depths_has_a_second_slider(visit, url):
-    page = visit(url)
-    asked = []
-
-    def models(route):
-        answer = route.fetch()
-        content = answer.json()
-        content["data"][0]["depths"] = [2, 4, 6]
-        route.fulfill(response=answer, json=content)
-
-    def embeddings(route):
-        body = route.request.post_data_json
-        asked.append(body.pop("depth"))
-        route.continue_(post_data=json.dumps(body))
-
-    page.route("**/v1/models", models)
-    page.route("**/v1/embeddings", embeddings)
-    page.reload()
-    searched(page)
+def test_a_model_with_depths_has_a_second_slider(visit, serve, two_depths, debian_rows, tmp_path):
+    """What the page shows of two layers is what two layers find."""
+    model = mt.load(two_depths, "cpu")
+    texts = [row["positive"] for row in debian_rows[:100]]
+    made_by = {"name": "depths"} | fingerprint(str(two_depths))
+    with mt.Index.create(tmp_path / "docs.matryo", width=32, plan="32:float32", model=made_by) as index:
+        index.upsert([f"d{n}" for n in range(100)], model.encode(texts))
+        found = {d: index.search(model.encode([QUERY], depth=d), k=5).ids[0] for d in (2, 4)}
+    assert found[2] != found[4]
+    one = serve(two_depths, "--index", tmp_path / "docs.matryo", "--no-access-log")
+    page = searched(visit(one.url))
+    assert ids(page, "full")[:5] == found[4]
     page.focus("#depth")
     with page.expect_response("**/v1/search"):
         page.keyboard.press("ArrowLeft")
-    assert asked == [6, 4]
-    assert page.get_attribute("#depth", "aria-valuetext") == "4 layers of 6"
+    assert page.get_attribute("#depth", "aria-valuetext") == "2 layers of 4"
+    expect(page, "#full li >> nth=0").to_have_attribute("data-id", found[2][0])
+    assert ids(page, "full")[:5] == found[2]
+    one.stop()
 
 
 def test_axe_finds_nothing_serious_on_the_page(browser, url):
