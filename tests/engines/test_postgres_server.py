@@ -16,6 +16,7 @@ from matryo.index import Batch
 
 COUNT = itertools.count()
 GRAPH = "32:float16 hnsw(M=8,ef=80) keep 80 > 64:float32"
+SCANS = {"hnsw": "hnsw(M=8,ef=100)", "ivf": "ivf(cells=8,probe=6)"}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_plan_scans_the_index_that_prepare_built(url, plan):
         assert index.search(rows(20, seed=1)).ids, "searches before the index is there are exact scans"
         index.prepare()
         index.prepare()
-        (name,) = [n for n in index.stats()["index_bytes"] if n.endswith(("m8", "c8"))]
+        (name,) = [n for n in index.stats()["index_bytes"] if n.endswith(("m8", "cells8"))]
         used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = %s"
         found = index.search(rows(20, seed=1)).ids
         recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
@@ -63,6 +64,35 @@ def test_a_plan_scans_the_index_that_prepare_built(url, plan):
         with direct(url) as connection:
             connection.execute("SELECT pg_stat_force_next_flush()")
             assert connection.execute(used, [name]).fetchone()[0] > 0
+
+
+@pytest.mark.parametrize("code", ["float16", "binary"])
+def test_cells_and_a_graph_on_one_prefix_serve_their_own_plans(url, code):
+    """The server's planner takes the cheaper of two indexes on one expression, which says nothing of their recall."""
+    plans = {name: f"32:{code} {scan} keep 40 > 64:float32" for name, scan in SCANS.items()}
+
+    def scans(connection) -> dict[str, int]:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+        found = connection.execute(
+            "SELECT indexrelname, idx_scan FROM pg_stat_user_indexes WHERE relname = %s", [url.split("table=")[1]]
+        ).fetchall()
+        return {
+            plan: sum(n for name, n in found if name.endswith(tag)) for plan, tag in (("hnsw", "m8"), ("ivf", "cells8"))
+        }
+
+    with Index.create(url, width=WIDTH) as index:
+        index.upsert(names(2000), rows(2000))
+        for plan in plans.values():
+            index.prepare(plan)
+        index.compact()
+        for name, plan in plans.items():
+            with direct(url) as connection:
+                before = scans(connection)
+            with Index.open(url) as reader:  # its connection tells what it did when it ends
+                reader.search(rows(5, seed=1), plan=plan)
+            with direct(url) as connection:
+                after = scans(connection)
+            assert [each for each in after if after[each] > before[each]] == [name]
 
 
 def test_an_exact_plan_is_exact_beside_a_graph(url):

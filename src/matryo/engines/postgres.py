@@ -297,7 +297,7 @@ class PostgresIndex(EngineIndex):
             method, settings, tag = "hnsw", f"m = {links}, ef_construction = {max(64, 2 * links)}", f"m{links}"
         else:
             cells = options.get("cells", 100)
-            method, settings, tag = "ivfflat", f"lists = {cells}", f"c{cells}"
+            method, settings, tag = "ivfflat", f"lists = {cells}", f"cells{cells}"
         name = f"{self.address.name}_{first.width}{CODES.index(first.code)}{tag}"[:63]
         self._trying(lambda: self._build(name, first, method, settings))
 

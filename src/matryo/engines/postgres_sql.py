@@ -53,9 +53,15 @@ Words = tuple[sql.Composed | sql.SQL, list[Any]]
 
 
 def expression(stage: Stage) -> sql.Composed:
-    """What a stage compares, over the column `vector`; an index is built on the very same expression."""
-    cut = sql.SQL("subvector(vector, 1, {})").format(sql.Literal(stage.width))
+    """What a stage compares, over the column `vector`; an index is built on the very same expression.
+
+    Cells are cut twice, which changes nothing but that they are another expression than a graph's: of two indexes on
+    one expression the server takes the cheaper, whichever the plan meant.
+    """
     width = sql.Literal(stage.width)
+    cut = sql.SQL("subvector(vector, 1, {})").format(width)
+    if stage.scan == "ivf":
+        cut = sql.SQL("subvector({}, 1, {})").format(cut, width)
     if stage.code == "binary":
         return sql.SQL("binary_quantize({})::bit({})").format(cut, width)
     kind = "halfvec" if stage.code == "float16" else "vector"
