@@ -86,6 +86,54 @@ def test_the_frontier_holds_the_best_single_threshold():
         assert not any(c <= cost and a > accuracy + 1e-12 for c, a in tried)
 
 
+def tied(normalize):
+    """MRL-E heads: every one a prefix of the widest."""
+    weight, bias = HEADS.weights[-1], HEADS.biases[-1]
+    each = tuple(np.ascontiguousarray(weight[:, :width]) for width in WIDTHS)
+    return LinearHeads(tuple(WIDTHS), HEADS.classes, each, (bias,) * 3, normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@given(thresholds=st.lists(threshold, min_size=2, max_size=2))
+@settings(max_examples=15, deadline=None)
+def test_tied_heads_go_on_from_each_others_sums(normalize, thresholds):
+    heads = tied(normalize)
+    assert heads.tied
+    assert not HEADS.tied
+    blank = np.repeat(np.float32([[0, 1]]), [2, 14], axis=1)  # its narrowest prefix is all zeros
+    vectors = np.concatenate([TEST[0][:30], blank])
+    found = AdaptiveClassifier(heads, thresholds).predict(vectors)
+    assert found.read.tolist() == found.widths.tolist(), "each dimension is read once"
+    apart = tied(normalize)
+    vars(apart)["tied"] = False  # as if they had nothing to do with each other
+    slow = AdaptiveClassifier(apart, thresholds).predict(vectors)
+    assert (found.labels, found.widths.tolist()) == (slow.labels, slow.widths.tolist())
+    sums = np.zeros((31, 4), np.float32)
+    for level, before in ((0, 0), (1, 2), (2, 4)):
+        later = heads.logits_after(vectors, level, sums, before)
+        np.testing.assert_allclose(later, heads.logits(vectors, level), rtol=1e-4, atol=1e-5)
+
+
+def test_the_frontier_of_tied_heads_holds_the_best_pair_of_thresholds():
+    """Brute force over both thresholds, with the cost of the last head alone."""
+    rng = np.random.default_rng(6)
+    confidences = rng.random((25, 3))
+    right = rng.random((25, 3)) < np.array([0.5, 0.7, 0.95])
+    widths = np.array([1, 4, 16])
+
+    def point(t):
+        levels = levels_of(confidences, np.array(t))
+        return widths[levels].mean(), right[np.arange(25), levels].mean()
+
+    every = [[*confidences[:, level], np.inf] for level in (0, 1)]
+    tried = [point((a, b)) for a in every[0] for b in every[1]]
+    found = [point(t) for t in frontier(confidences, right, widths, tied=True)]
+    for price in (2, 8, 20, 60):
+        best = min(cost + price * (1 - accuracy) for cost, accuracy in tried)
+        assert min(cost + price * (1 - accuracy) for cost, accuracy in found) <= best * 1.05
+    assert paid(widths, np.array([0.5, 0.5]), tied=True).tolist() == [1, 4, 16]
+
+
 def test_the_cascade_keeps_the_target_at_less_cost():
     made = mt.AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.9)
     seen = made.measure(*CALIBRATION)

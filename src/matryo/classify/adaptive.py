@@ -40,7 +40,7 @@ class Predicted:
     widths: NDArray[np.int64]
     """(N,) the last prefix used."""
     read: NDArray[np.int64]
-    """(N,) dimensions read: the sum over every head that was evaluated."""
+    """(N,) dimensions read: the sum over every head that was evaluated; tied heads read each dimension once."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tradeoff:
 
     accuracy: float
     expected_width: float
-    """Mean over items of the summed widths of every head that was evaluated."""
+    """Mean over items of the summed widths of every head that was evaluated; of tied heads, that of the last one."""
     last_width: float
     """Mean width of the last prefix used."""
     multiply_adds: float
@@ -145,7 +145,7 @@ class AdaptiveClassifier:
         if half < 2:
             raise InputError(f"{len(right)} calibration items are too few; give some hundreds")
         wanted = float(right[:half, -1].mean()) if target is None else target
-        self.ladder = frontier(confidences[:half], right[:half], np.array(self.heads.widths))
+        self.ladder = frontier(confidences[:half], right[:half], np.array(self.heads.widths), self.heads.tied)
         shown = slice(0, None) if promised is None else slice(half, None)
         passed: list[tuple[float, Float64s]] = []
         for thresholds in self.ladder:
@@ -156,7 +156,7 @@ class AdaptiveClassifier:
                     break
             elif hits.mean() < wanted:
                 continue
-            passed.append((float(paid(np.array(self.heads.widths), thresholds)[levels].mean()), thresholds))
+            passed.append((float(self._paid(thresholds)[levels].mean()), thresholds))
         if not passed:
             best = right[shown, -1].mean()
             how = "" if promised is None else f" at confidence {promised:g} from {len(right) - half} items"
@@ -168,17 +168,22 @@ class AdaptiveClassifier:
         vectors = self._vectors(vectors_ND)
         guesses, levels = np.zeros((2, len(vectors)), dtype=np.int64)
         left = np.arange(len(vectors))
+        sums, read = np.zeros((len(vectors), len(self.heads.classes)), np.float32), 0
         last = len(self.heads.widths) - 1
-        for level in range(last + 1):
+        for level, width in enumerate(self.heads.widths):
             if not len(left) or (level < last and self.thresholds[level] == NEVER):
                 continue
-            sure, best = self._at(vectors[left], level)
+            if self.heads.tied:
+                logits, read = self.heads.logits_after(vectors[left], level, sums, read), width
+            else:
+                logits = self.heads.logits(vectors[left], level)
+            sure, best = self._judge(logits)
             guesses[left], levels[left] = best, level
             if level < last:
-                left = left[sure < self.thresholds[level]]
-        widths = np.array(self.heads.widths)
+                on = sure < self.thresholds[level]
+                left, sums = left[on], sums[on]
         labels = [self.heads.classes[n] for n in guesses]
-        return Predicted(labels, widths[levels], paid(widths, self.thresholds)[levels])
+        return Predicted(labels, np.array(self.heads.widths)[levels], self._paid(self.thresholds)[levels])
 
     def predict_texts(self, model: Any, texts: Sequence[str]) -> Predicted:
         """The same of texts (or what else the model encodes)."""
@@ -248,13 +253,17 @@ class AdaptiveClassifier:
 
     def _judged(self, vectors: Float32s, names: list[str]) -> tuple[Float64s, NDArray[np.bool_]]:
         """(N, L) confidences of every head, and whether each is right."""
-        found = [self._at(vectors, level) for level in range(len(self.heads.widths))]
+        found = [self._judge(self.heads.logits(vectors, level)) for level in range(len(self.heads.widths))]
         guesses = np.stack([best for _, best in found], axis=1)
         right: NDArray[np.bool_] = np.array(self.heads.classes)[guesses] == np.array(names)[:, None]
         return np.stack([sure for sure, _ in found], axis=1), right
 
-    def _at(self, vectors: Float32s, level: int) -> tuple[Float64s, NDArray[np.int64]]:
-        logits = self.heads.logits(vectors, level).astype(np.float64)
+    def _paid(self, thresholds: Float64s) -> NDArray[np.int64]:
+        return paid(np.array(self.heads.widths), thresholds, self.heads.tied)
+
+    def _judge(self, logits_NC: Float32s) -> tuple[Float64s, NDArray[np.int64]]:
+        """(N,) confidences and best classes."""
+        logits = logits_NC.astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         best: NDArray[np.int64] = logits.argmax(axis=1)
@@ -266,7 +275,7 @@ class AdaptiveClassifier:
     def _point(self, confidences: Float64s, right: NDArray[np.bool_], thresholds: Float64s) -> Tradeoff:
         widths = np.array(self.heads.widths)
         levels = levels_of(confidences, thresholds)
-        read = float(paid(widths, thresholds)[levels].mean())
+        read = float(self._paid(thresholds)[levels].mean())
         return Tradeoff(
             float(right[np.arange(len(levels)), levels].mean()), read, float(widths[levels].mean()),
             read * len(self.heads.classes), tuple(thresholds.tolist()),

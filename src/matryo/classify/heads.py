@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.gram import check_widths
 from matryo.core.labelled import check_labels
-from matryo.core.prefix import truncate
+from matryo.core.prefix import inverse_norms, truncate
 from matryo.core.records import check_vectors
 
 Float32s = NDArray[np.float32]
@@ -75,6 +76,23 @@ class LinearHeads:
         width = self.widths[level]
         prefix = truncate(vectors_ND, width) if self.normalize else vectors_ND[:, :width]
         found: Float32s = prefix @ self.weights[level].T + self.biases[level]
+        return found
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether all heads are prefixes of the widest (MRL-E): a wider one then goes on from a narrower one's sums."""
+        weight, bias = self.weights[-1], self.biases[-1]
+        return all(np.array_equal(one, weight[:, : one.shape[1]]) for one in self.weights) and all(
+            np.array_equal(one, bias) for one in self.biases
+        )
+
+    def logits_after(self, vectors_ND: Float32s, level: int, sums_NC: Float32s, read: int) -> Float32s:
+        """As `logits` of tied heads, reading only the dimensions after the first `read`, whose products with the
+        weight `sums_NC` holds; those of this level's dimensions are added to it."""
+        width = self.widths[level]
+        sums_NC += vectors_ND[:, read:width] @ self.weights[-1][:, read:width].T
+        scale = inverse_norms(vectors_ND[:, :width])[:, None].astype(np.float32) if self.normalize else 1
+        found: Float32s = sums_NC * scale + self.biases[-1]
         return found
 
 
