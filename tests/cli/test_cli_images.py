@@ -84,12 +84,43 @@ def test_mistakes(cli, folder, tmp_path, more, said):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_configuration_file_is_refused_for_pictures(cli, folder, tmp_path):
-    (tmp_path / "train.yaml").write_text("epochs: 1\n")
-    status, _, err = cli(
-        "train", folder, "--task", "classify", "--out", tmp_path / "m", "--config", tmp_path / "train.yaml"
-    )
-    assert (status, "--config: not for pictures" in err) == (2, True)
+def test_a_configuration_file_says_what_options_would(cli, folder, tmp_path):
+    """And what has no option; options win over it."""
+    file = tmp_path / "train.yaml"
+    plain = "widths: [4, 16]\ndim: 16\nepochs: 1\nbatch_size: 8\npicture: {size: 16}\n"
+    file.write_text(plain + "loss_args: {label_smoothing: 0.1}\nseed: 3\n")
+    line = ("train", folder, "--task", "classify", "--out")
+    assert cli(*line, tmp_path / "a", "--config", file)[0] == 0
+    assert cli(*line, tmp_path / "b", *LINE, "--loss-arg", "label_smoothing=0.1", "--seed", "3")[0] == 0
+    files = sorted(folder.rglob("*.png"))
+    one, two = (load(tmp_path / name).encode(files) for name in "ab")
+    assert np.array_equal(one, two)
+    file.write_text(plain + "weight_decay: 0.2\nseed: 3\n")
+    assert cli(*line, tmp_path / "c", "--config", file, "--loss-arg", "label_smoothing=0.1", "--widths", "8,16")[0] == 0
+    other = load(tmp_path / "c")
+    assert other.nesting.widths == (8, 16)
+    assert not np.array_equal(one, other.encode(files))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch: 1", "epoch: Extra inputs are not permitted, got 1; allowed: out, base, dim, widths"),
+        ("epochs: ten", "epochs: Input should be a valid integer"),
+        ("precision: float16", "precision: Input should be 'float32' or 'bfloat16', got 'float16'"),
+        ("picture: {sise: 16}", "--picture takes size, pooling"),
+        ("loss_args: {scale: 2}", "--loss-arg scale: with pictures it is tied or label_smoothing"),
+        ("[1]", "expected a mapping of out, base"),
+        (None, "no such file"),
+    ],
+)
+def test_mistakes_in_a_configuration_file(cli, folder, tmp_path, text, said):
+    file = tmp_path / "train.yaml"
+    if text is not None:
+        file.write_text(text)
+    status, _, err = cli("train", folder, "--task", "classify", "--out", tmp_path / "m", "--config", file)
+    assert (status, said in err) == (2, True), err
+    assert not (tmp_path / "m").exists()
 
 
 def test_pictures_are_measured_with_the_heads_they_were_trained_with(cli, folder, tmp_path):

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from matryo.encoders.images import Pictures
     from matryo.training.images import Epoch, ImageConfig
 
-TAKEN = ("out", "base", "widths", "dim", "loss", "loss_arg", "epochs", "batch_size", "learning_rate", "seed")
+TAKEN = ("out", "base", "widths", "dim", "loss", "loss_arg", "epochs", "batch_size", "learning_rate", "seed", "config")
+PLAIN = (
+    *("epochs", "batch_size", "learning_rate", "seed"),
+    *("per_class", "warmup", "weight_decay", "padding", "flip", "precision"),  # in a file alone
+)
+"""What goes to the configuration as it is given."""
 BACKBONES: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 2, 1], "patch_size": 2},
@@ -71,6 +76,7 @@ def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool,
     Raises:
         InputError: an option that pictures do not take, or whatever `read_pictures` and `train_images` refuse.
     """
+    from matryo.cli.train import loss_arguments, numbers
     from matryo.encoders.images import read_pictures
 
     source = given.pop("pairs")
@@ -80,6 +86,9 @@ def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool,
         raise InputError(
             f"{names}: not for pictures; they take {', '.join('--' + name.replace('_', '-') for name in TAKEN)}"
         )
+    given = {**given, "widths": numbers(given.get("widths")), "loss_args": loss_arguments(given.pop("loss_arg", []))}
+    if "config" in given:
+        given, picture = _with_file(given, picture)
     if not isinstance(picture, dict) or picture.keys() - {"size", "pooling", "model_type", "stem", "bad"}:
         raise InputError(f"--picture takes size, pooling, model_type, stem and bad, got {picture!r}")
     if "out" not in given:
@@ -99,8 +108,19 @@ def train_pictures(given: dict[str, Any], loss: str, picture: Any, resume: bool,
         say(f"{config.out}: a nested model of widths {', '.join(map(str, model.nesting.widths))}")
 
 
+def _with_file(given: dict[str, Any], picture: Any) -> tuple[dict[str, Any], Any]:
+    """The options, and below them what the YAML file says."""
+    from matryo.training.config import PictureConfig
+
+    file = PictureConfig.from_yaml(given.pop("config")).model_dump(exclude_none=True)
+    below = file.pop("picture")
+    # Another loss has other arguments, so those of the file go with the file's loss.
+    arguments = {**({} if "loss" in given else file["loss_args"]), **given["loss_args"]}
+    chosen = {**file, **{name: value for name, value in given.items() if value is not None}, "loss_args": arguments}
+    return chosen, {**below, **picture} if isinstance(picture, dict) else picture
+
+
 def _config(given: dict[str, Any], loss: str, picture: dict[str, Any]) -> "ImageConfig":
-    from matryo.cli.train import loss_arguments, numbers
     from matryo.encoders.folder import IMAGE
     from matryo.encoders.images.encoder import ImageEncoder
     from matryo.encoders.images.network import NetworkConfig, pretrained
@@ -115,16 +135,16 @@ def _config(given: dict[str, Any], loss: str, picture: dict[str, Any]) -> "Image
         network = pretrained(base, width, picture.get("size", 224), picture.get("pooling", "avg")).config
     else:
         network = _from_scratch(width, picture)
-    arguments = loss_arguments(given.get("loss_arg", []))
+    arguments = given["loss_args"]
     wrong = sorted(arguments.keys() - {"tied", "label_smoothing"})
     if wrong:
         raise InputError(f"--loss-arg {wrong[0]}: with pictures it is tied or label_smoothing")
-    plain = {name: given[name] for name in ("epochs", "batch_size", "learning_rate", "seed") if name in given}
+    plain = {name: given[name] for name in PLAIN if name in given}
     return ImageConfig(
         out=Path(given["out"]),
         network=network,
         base=base,
-        widths=numbers(given.get("widths")),
+        widths=given.get("widths"),
         loss=given.get("loss", loss),
         **arguments,
         **plain,

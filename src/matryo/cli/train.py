@@ -134,7 +134,7 @@ def train(
     if task is not None and task not in TASKS:
         raise InputError(f"--task must be {' or '.join(TASKS)}, got {task!r}")
     if task is not None and pairs is not None and holds_pictures(pairs):
-        given |= {"config": config} if config else {}  # refused there, by name
+        given |= {"config": config} if config else {}
         train_pictures(given, TASKS[task], mapping(picture, "picture") if picture else {}, resume, as_json)
         return
     if picture is not None:

@@ -1,6 +1,7 @@
 """What to train, checked at construction: a bad combination dies here, before any data is read."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,17 +246,7 @@ class TrainConfig(_Checked):
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "TrainConfig":
         """Read a YAML mapping of these fields; keyword arguments win over the file."""
-        import yaml
-
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no such file: {path}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: expected a mapping of {', '.join(cls.model_fields)}")
+        content = _mapping_in(path, cls.model_fields)
         # Another loss has other arguments, so those of the file go with the file's loss.
         for name in ("static",) if "loss" in overrides else ("static", "loss_args"):
             if isinstance(content.get(name), dict) and isinstance(overrides.get(name), dict):
@@ -279,3 +270,45 @@ class TrainConfig(_Checked):
     def head_rate(self, static: bool) -> float:
         """Peak learning rate of heads and learned arguments: they start from nothing, unlike a model."""
         return self.head_learning_rate or min(max(self.rate(static), 1e-3), 1e-2)
+
+
+class PictureConfig(_Checked):
+    """A training run on pictures, as far as a YAML file says it; what is left out is `ImageConfig`'s default."""
+
+    out: Path | None = Field(None, description="Model folder to write.")
+    base: str | None = Field(None, description="Folder or hub name of transformers, or an image model's folder.")
+    dim: int | None = Field(None, ge=1, description="Full width D.")
+    widths: tuple[int, ...] | None = Field(None, description="Widths to train.")
+    loss: str | None = Field(None, description="cross_entropy, supcon or multi_similarity.")
+    loss_args: dict[str, Any] = Field({}, description="tied and label_smoothing.")
+    picture: dict[str, Any] = Field({}, description="size, pooling, model_type, stem and bad.")
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=2)
+    learning_rate: float | None = Field(None, gt=0)
+    seed: int | None = None
+    per_class: int | None = Field(None, ge=2, description="Pictures of a class in a batch of a contrastive loss.")
+    warmup: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    padding: int | None = Field(None, ge=0)
+    flip: bool | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "PictureConfig":
+        """Read a YAML mapping of these fields."""
+        return cls(**_mapping_in(path, cls.model_fields))
+
+
+def _mapping_in(path: str | Path, fields: Iterable[str]) -> dict[str, Any]:
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of {', '.join(fields)}")
+    return content
