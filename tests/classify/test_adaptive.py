@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import matryo as mt
 from matryo.classify import AdaptiveClassifier, LinearHeads, fit_heads
+from matryo.classify.page import save_page
 from matryo.classify.thresholds import frontier, levels_of, paid
 from matryo.cli import run
 from matryo.core.errors import DamagedError, InputError
@@ -228,3 +230,32 @@ def test_the_command_line_fits_and_predicts(tmp_path, capsys):
     assert np.mean([a["label"] == b["label"] for a, b in zip(found, rows, strict=True)]) >= 0.9
     assert run(["classify", "predict", "toy", str(tmp_path), val]) == 2
     assert "holds no classifier" in capsys.readouterr().err
+    page = tmp_path / "cascade.html"
+    assert run(["classify", "measure", "toy", out, val, "--report", str(page), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["accuracy"] >= 0.9
+    assert told["full"]["expected_width"] == mt.load("toy").width
+    assert f"{told['expected_width']:.1f} dimensions" in page.read_text()
+    assert run(["classify", "measure", "toy", out, val]) == 0
+    assert f"accuracy {told['accuracy']:.4f} at" in capsys.readouterr().out
+    assert run(["classify", "measure", "toy", out, val, "--report", "cascade.pdf"]) == 2
+    assert "must end in .html" in capsys.readouterr().err
+
+
+def test_heads_alone_are_what_a_cascade_has_to_beat():
+    found = AdaptiveClassifier(HEADS, [0.5, 0.5]).alone(*TEST)
+    for level, (width, one) in enumerate(zip(WIDTHS, found, strict=True)):
+        right = np.array(HEADS.classes)[HEADS.logits(TEST[0], level).argmax(1)] == TEST[1].astype(str)
+        assert (one.accuracy, one.expected_width, one.last_width) == (pytest.approx(right.mean()), width, width)
+
+
+@pytest.mark.parametrize("heads", [HEADS, tied(True)], ids=["apart", "tied"])
+def test_the_page_holds_every_number_and_nothing_from_elsewhere(heads, tmp_path):
+    made = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, heads=heads, target=0.6)
+    chosen, curve, alone = made.measure(*TEST), made.curve(*TEST), made.alone(*TEST)
+    text = save_page(tmp_path / "cascade.html", made, chosen, curve, alone, 300).read_text()
+    for one in curve:
+        assert f"<td>{one.expected_width:.1f}</td><td>{one.accuracy:.4f}</td>" in text
+    assert ("tied" in text) == heads.tied
+    assert not re.search(r"(?:src|href)=\"(?!#)", text)
+    assert "<script" not in text

@@ -202,6 +202,15 @@ class AdaptiveClassifier:
         """Accuracy and cost of the thresholds in use."""
         return AdaptiveClassifier(self.heads, self.thresholds, self.confidence).curve(vectors_ND, labels)[0]
 
+    def alone(self, vectors_ND: Float32s, labels: Sequence[Any]) -> list[Tradeoff]:
+        """Each width's head for every item, with no cascade: what a cascade has to beat."""
+        found = []
+        for level in range(len(self.heads.widths)):
+            stop = np.full(len(self.heads.widths) - 1, NEVER)
+            stop[level : level + 1] = 0  # past the end for the full head, which needs no threshold
+            found.append(AdaptiveClassifier(self.heads, stop, self.confidence).measure(vectors_ND, labels))
+        return found
+
     def save(self, folder: str | Path) -> Path:
         """Write `classifier.safetensors` into a folder, a model's for example."""
         folder = Path(folder)

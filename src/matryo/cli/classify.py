@@ -1,13 +1,17 @@
-"""`matryo classify fit` and `matryo classify predict`."""
+"""`matryo classify fit`, `measure` and `predict`."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from matryo.cli.terminal import Json, say, say_json
 from matryo.cli.train import numbers
+from matryo.core.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matryo.classify import Tradeoff
 
 app = typer.Typer(help="Label texts, each read only as wide as it needs.", no_args_is_help=True)
 
@@ -44,14 +48,55 @@ def fit(
     made.save(out)
     found = made.measure(*seen)
     if as_json:
-        # Skipped heads have an infinite threshold, which JSON does not know.
-        kept = [t if t != float("inf") else None for t in found.thresholds]
-        say_json({**asdict(found), "thresholds": kept})
+        say_json(_plain(found))
     else:
         say(
             f"wrote {out}: on the calibration rows accuracy {found.accuracy:.4f} at {found.expected_width:.1f} "
             f"dimensions read a text (last prefix {found.last_width:.1f}) of {made.heads.full}"
         )
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="Model folder, hub name or 'toy'.")],
+    classifier: Annotated[Path, typer.Argument(help="Folder that fit wrote to.")],
+    test: Annotated[Path, typer.Argument(help="Table with columns text and label that fit has not seen.")],
+    report: Annotated[Path | None, typer.Option(help="Write a page with the trade-off curve here (.html).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a classifier on new rows: accuracy, dimensions read, and the curve of every rung it learned.
+
+    Example: matryo classify measure runs/first runs/first test.jsonl.gz --report cascade.html
+    """
+    from matryo import load
+    from matryo.classify import AdaptiveClassifier
+    from matryo.core.records import read_labelled
+
+    if report is not None and report.suffix != ".html":
+        raise InputError(f"--report must end in .html, got {report.name!r}")
+    if report is not None:
+        try:
+            from matryo.classify.page import save_page
+        except ImportError as error:
+            raise MissingExtraError("matplotlib", "eval", "the page of a cascade") from error
+    made, rows, encoder = AdaptiveClassifier.load(classifier), read_labelled(test), load(model)
+    encode = encoder.encode if made.heads.normalize else encoder.features
+    seen = (encode(rows.texts), rows.labels)
+    found, curve, alone = made.measure(*seen), made.curve(*seen), made.alone(*seen)
+    if report is not None:
+        save_page(report, made, found, curve, alone, len(rows.texts))
+    if as_json:
+        say_json({**_plain(found), "full": _plain(alone[-1]), "curve": [_plain(one) for one in curve]})
+    else:
+        say(
+            f"accuracy {found.accuracy:.4f} at {found.expected_width:.1f} dimensions read a text (last prefix "
+            f"{found.last_width:.1f}); the full head {alone[-1].accuracy:.4f} at {made.heads.full}"
+        )
+
+
+def _plain(found: "Tradeoff") -> dict[str, Any]:
+    """For JSON, which has no infinity: a skipped head's threshold is null."""
+    return {**asdict(found), "thresholds": [t if t != float("inf") else None for t in found.thresholds]}
 
 
 @app.command()
