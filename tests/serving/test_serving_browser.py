@@ -4,9 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import matryo as mt
+from matryo.classify.page import save_page
 from matryo.core.prefix import truncate
 from matryo.encoders.folder import fingerprint, read_card
 
@@ -248,9 +250,21 @@ def test_axe_finds_nothing_serious_on_the_page(browser, url):
             assert serious(browser, f"{url}/#{tab}", wait, color_scheme=scheme) == []
 
 
+def cascade(path):
+    """The page of a classifier of three noisy classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    vectors = (rng.standard_normal((3, 8))[labels] + rng.standard_normal((300, 8))).astype(np.float32)
+    made = mt.AdaptiveClassifier.fit(vectors[:200], labels[:200], (vectors[200:], labels[200:]), widths=[2, 4, 8])
+    seen = (vectors[200:], labels[200:])
+    return save_page(path, made, made.measure(*seen), made.curve(*seen), made.alone(*seen), 100)
+
+
 def test_axe_finds_nothing_serious_in_the_reports(browser, trained, dev_folder, found_plans, tmp_path):
     report = mt.evaluate(mt.load(trained), dev_folder, codes=["float32", "binary"], resamples=20)
-    for name, page in (("plans", found_plans), ("report", report)):
-        where = page.save(tmp_path / f"{name}.html").as_uri()
+    pages = {"plans": found_plans.save(tmp_path / "plans.html"), "report": report.save(tmp_path / "report.html")}
+    pages["cascade"] = cascade(tmp_path / "cascade.html")
+    for name, path in pages.items():
+        where = path.as_uri()
         for scheme, width in (("light", 1280), ("dark", 390)):
             assert serious(browser, where, color_scheme=scheme, viewport={"width": width, "height": 800}) == [], name
