@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -110,6 +111,11 @@ class Milvus:
         self.start()
 
     def start(self) -> None:
+        for _ in range(120):  # the launcher refuses a port that connections of before still hold for a minute
+            with socket.socket() as taken, suppress(OSError):
+                taken.bind(("127.0.0.1", self.port))
+                break
+            time.sleep(1)
         # A process of its own: the package's launcher leaves sockets and files open.
         program = Path(__file__).parent / "engines" / "milvus_process.py"
         line = [sys.executable, "-W", "ignore", program, self.folder, str(self.port), *self.settings]
@@ -126,17 +132,22 @@ class Milvus:
 
 
 @pytest.fixture(scope="session")
-def milvus_of() -> type[Milvus]:
-    """`milvus_of(folder, "common.security.authorizationEnabled=true")`: a server of a test's own."""
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
     pytest.importorskip("milvus", reason="a real Milvus: pip install 'matryo[milvus-server]', or make test-milvus")
-    return Milvus
-
-
-@pytest.fixture(scope="session")
-def milvus(milvus_of: type[Milvus], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
-    made = milvus_of(tmp_path_factory.mktemp("milvus"))
+    made = Milvus(tmp_path_factory.mktemp("milvus"))
     yield made
     made.stop()
+
+
+@pytest.fixture
+def milvus_of(milvus: Milvus) -> Iterator[type[Milvus]]:
+    """`milvus_of(folder, "common.security.authorizationEnabled=true")`: a server of a test's own.
+
+    The shared one rests meanwhile: two on one machine want the same port for etcd's peers, which nothing can change.
+    """
+    milvus.stop()
+    yield Milvus
+    milvus.start()
 
 
 @pytest.fixture(scope="session")
