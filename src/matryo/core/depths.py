@@ -11,7 +11,7 @@ from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.core.sampling import WidthSampler
 
-Alignment = Literal["kl", "cosine", "mse", "similarity"]
+Alignment = Literal["kl", "cosine", "mse", "similarity", "neighbours"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class DepthNesting:
     align: float = 1.0
     alignment: Alignment = "kl"
     """How prefixes are compared with those of the last layer: see `matryo.losses.nested_distill`."""
-    temperature: float = 0.3
-    """Of the alignment "kl"."""
+    temperature: float | None = None
+    """Of the alignments that have one; theirs if not given."""
 
     @classmethod
     def of(
@@ -46,7 +46,7 @@ class DepthNesting:
         widths: Sequence[Sequence[int]] | None = None,
         align: float = 1.0,
         alignment: Alignment = "kl",
-        temperature: float = 0.3,
+        temperature: float | None = None,
     ) -> "DepthNesting":
         """From depths, the nesting of the model and, for fixed pairs, the widths of each depth.
 
@@ -68,14 +68,14 @@ class DepthNesting:
             raise InputError("the last depth must have a weight above 0: the others are held against it")
         if not (np.isfinite(align) and align >= 0):
             raise InputError(f"align must be finite and >= 0, got {align}")
-        if not 0 < temperature < np.inf:
+        if temperature is not None and not 0 < temperature < np.inf:
             raise InputError(f"temperature must be finite and above 0, got {temperature}")
         if widths is not None and len(widths) != len(got):
             raise InputError(f"{len(got)} depths need {len(got)} lists of widths, got {len(widths)}")
         nestings = tuple(_part(nesting, own) for own in widths) if widths is not None else (nesting,) * len(got)
         if nestings[-1].D != nesting.D:
             raise InputError(f"the last depth must train the full width {nesting.D}, got {list(nestings[-1].widths)}")
-        return cls(tuple(int(k) for k in got), scale, nestings, float(align), alignment, float(temperature))
+        return cls(tuple(int(k) for k in got), scale, nestings, float(align), alignment, temperature)
 
     @property
     def deepest(self) -> int:

@@ -32,8 +32,13 @@ from matryo.losses.widths import (
     wide_type,
 )
 
-Kind = Literal["cosine", "mse", "similarity", "kl"]
-KINDS = ("cosine", "mse", "similarity", "kl")
+Kind = Literal["cosine", "mse", "similarity", "neighbours", "kl"]
+KINDS = ("cosine", "mse", "similarity", "neighbours", "kl")
+PAIRS = ("similarity", "neighbours")
+"""Kinds that compare rows with each other, so that the teacher may have other dimensions."""
+OF_ITSELF = -1e4
+"""A logit whose probability is 0 in float32 and in float64, but whose product with 0 is."""
+TEMPERATURES = {"kl": 0.3, "neighbours": 0.05}
 
 
 def nested_distill(
@@ -43,7 +48,7 @@ def nested_distill(
     nesting: Nesting,
     kind: Kind = "cosine",
     teacher_nesting: Nesting | None = None,
-    temperature: float = 0.3,
+    temperature: float | None = None,
     chunk: int | None = None,
     per_width: bool = False,
 ) -> Any:
@@ -54,13 +59,19 @@ def nested_distill(
       which would make each width weigh less than the one before.) On rows that are not zero it is twice "cosine";
     - "similarity": the mean over the B x B pairs of rows of (student cosine - teacher cosine)^2, which needs no common
       dimensions: similarity-preserving distillation (arXiv 1907.09682) with cosines;
+    - "neighbours": the mean over rows of KL(teacher, student), each the softmax over the other rows of the batch of
+      cosine / temperature: who is near whom (similarity distributions as in SEED, arXiv 2101.04731). Cosines of short
+      prefixes spread wider, so the student's temperature is the teacher's times the ratio of their spreads (standard
+      deviations in the batch, without gradient): a prefix is not to shrink its cosines but to order them. A model that
+      is its own teacher, whole, learns to say with its prefixes what it says with all it has, from texts alone;
     - "kl": the mean over rows of KL(softmax(teacher prefix / temperature), softmax(student prefix / temperature)), the
       softmax over the d dimensions of the unit prefix: how 2D Matryoshka aligns layers (arXiv 2402.14776).
 
     Which prefix of the teacher: without `teacher_nesting`, the one of the same width if E = D, else the whole teacher
-    at every width, which only "similarity" can compare. With it, the prefixes of its widths, one for each of the
-    student's in order; all other kinds need the same widths. Every prefix is renormalised. A student equal to its
-    teacher has loss 0 at every width. The teacher gets no gradient.
+    at every width, which only "similarity" and "neighbours" can compare; "neighbours" takes the whole one always. With
+    it, the prefixes of its widths, one for each of the student's in order; all other kinds need the same widths. Every
+    prefix is renormalised. A student equal to its teacher has loss 0 at every width where it meets the same prefix.
+    The teacher gets no gradient.
 
     Args:
         student_BD: (B, D), any row lengths; a zero prefix counts as the zero vector.
@@ -68,8 +79,9 @@ def nested_distill(
         nesting: widths and weights; its last width must be D.
         kind: what is compared.
         teacher_nesting: L widths inside 1..E; its weights are not read. `nesting` itself for a longer nested teacher.
-        temperature: of "kl" alone; above 0.
-        chunk: rows worked on at a time by "similarity"; chosen from B and L by default. Does not change the result.
+        temperature: of "kl" (0.3 if not given) and of "neighbours" (0.05); above 0.
+        chunk: rows worked on at a time by "similarity" and "neighbours"; chosen from B and L by default. Does not
+            change the result.
         per_width: also return the (L,) unweighted loss of each width, detached.
 
     Returns:
@@ -77,24 +89,25 @@ def nested_distill(
 
     Raises:
         InputError: shapes, widths or kinds that do not fit; a teacher of other rows; NaN in a row; one row only for
-            "similarity".
+            "similarity" and "neighbours".
     """
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 < temperature < math.inf:
+    warmth = TEMPERATURES.get(kind, 1.0) if temperature is None else temperature
+    if not 0 < warmth < math.inf:
         raise InputError(f"temperature must be finite and above 0, got {temperature}")
     check_embeddings("student", student_BD, nesting)
     taught = _teacher_widths(teacher_BE, nesting, kind, teacher_nesting)
     check_same_rows(student=student_BD, teacher=teacher_BE)
     embeddings = {"student": student_BD, "teacher": teacher_BE.detach()}
-    if kind == "similarity":
-        return _similarity(embeddings, nesting, taught, chunk, per_width)
+    if kind in PAIRS:
+        return _pairs(embeddings, nesting, taught, warmth if kind == "neighbours" else None, chunk, per_width)
 
     def compare(_level: int, student: Tensor, teacher: Tensor) -> Tensor:
         if kind == "cosine":
             return (1 - (student * teacher).sum(1)).mean()
         if kind == "kl":
-            own, taught = ((x / temperature).log_softmax(1) for x in (student, teacher))
+            own, taught = ((x / warmth).log_softmax(1) for x in (student, teacher))
             return F.kl_div(own, taught, reduction="batchmean", log_target=True)
         return (student - teacher).square().sum(1).mean()
 
@@ -207,29 +220,39 @@ def _teacher_widths(teacher: Tensor, nesting: Nesting, kind: Kind, given: Nestin
         raise InputError(f"teacher must be a (B, E) floating tensor, got {tuple(teacher.shape)} of {teacher.dtype}")
     full = teacher.shape[1]
     if given is None:
-        if full != nesting.D and kind != "similarity":
+        if full != nesting.D and kind not in PAIRS:
             raise InputError(
                 f"{kind} compares equal dimensions, but the student has {nesting.D} and the teacher {full}; use "
-                "kind='similarity'" + (", or teacher_nesting=nesting if the teacher is nested" * (full > nesting.D))
+                "kind='similarity' or 'neighbours'"
+                + (", or teacher_nesting=nesting if the teacher is nested" * (full > nesting.D))
             )
-        return nesting if full == nesting.D else Nesting([full])
+        return nesting if full == nesting.D and kind != "neighbours" else Nesting([full])
     if len(given) != len(nesting) or full < given.D:
         raise InputError(
             f"teacher_nesting must have one width for each of the student's {len(nesting)}, inside 1..{full}, "
             f"got {list(given.widths)}"
         )
-    if kind != "similarity" and given.widths != nesting.widths:
+    if kind not in PAIRS and given.widths != nesting.widths:
         raise InputError(
             f"{kind} compares equal dimensions, so teacher_nesting must have the student's widths "
-            f"{list(nesting.widths)}, got {list(given.widths)}; use kind='similarity' for others"
+            f"{list(nesting.widths)}, got {list(given.widths)}; use kind='similarity' or 'neighbours' for others"
         )
     return given
 
 
-def _similarity(
-    embeddings: dict[str, Tensor], nesting: Nesting, taught: Nesting, chunk: int | None, per_width: bool
+def _pairs(
+    embeddings: dict[str, Tensor],
+    nesting: Nesting,
+    taught: Nesting,
+    temperature: float | None,
+    chunk: int | None,
+    per_width: bool,
 ) -> Any:
-    """In-batch cosines against in-batch cosines, in chunks of rows; every product is shared by all widths."""
+    """In-batch cosines against in-batch cosines, in chunks of rows; every product is shared by all widths.
+
+    Args:
+        temperature: of the softmax over the other rows; without one the cosines are compared as they are.
+    """
     size = len(embeddings["student"])
     if size < 2:
         raise InputError("a batch of one has no pairs of rows to compare; give at least 2 rows")
@@ -238,18 +261,50 @@ def _similarity(
     dtype = wide_type(*embeddings.values())
     student, teacher = embeddings["student"].to(dtype), embeddings["teacher"][:, : taught.D].to(dtype)
     both = (student, inverse_lengths(student, nesting), teacher, inverse_lengths(teacher, taught))
+    if temperature is not None:
+        with torch.autocast(student.device.type, enabled=False), torch.no_grad():
+            aims, own = _spreads(*both[2:], taught), _spreads(*both[:2], nesting)
+        # Cosines that are all equal have nothing to be scaled to.
+        warm = [temperature * (a / b if a > 0 and b > 0 else 1.0) for a, b in zip(own, aims * len(own), strict=False)]
 
-    def part(_rows: slice, *tensors: Tensor) -> Tensor:
+    def part(chunk: slice, *tensors: Tensor) -> Tensor:
         s, s_scale, t, t_scale, S, S_scale, T, T_scale = tensors
         targets: Iterable[Tensor] = _cosines(t, t_scale, T, T_scale, taught)
+        cosines = _cosines(s, s_scale, S, S_scale, nesting)
+        if temperature is not None:
+            itself = torch.zeros(len(s), size, dtype=torch.bool, device=s.device)
+            itself[:, chunk].fill_diagonal_(True)
+            targets = _told(targets, repeat(temperature), itself)
+            cosines = _told(cosines, warm, itself)
         if len(taught) == 1:
             targets = repeat(next(iter(targets)), len(nesting))
-        cosines = _cosines(s, s_scale, S, S_scale, nesting)
-        return torch.stack([(a - b).square().sum() for a, b in zip(cosines, targets, strict=True)]) / size**2
+        if temperature is None:
+            return torch.stack([(a - b).square().sum() for a, b in zip(cosines, targets, strict=False)]) / size**2
+        terms = [F.kl_div(a, b, reduction="sum", log_target=True) for a, b in zip(cosines, targets, strict=False)]
+        return torch.stack(terms) / size
 
     total, values = over_chunks(part, nesting, by_row=both, shared=both, chunk=rows)
     check_finite(values, nesting, {"student": embeddings["student"]})
     return (total, values) if per_width else total
+
+
+def _spreads(x: Tensor, scale: Tensor, nesting: Nesting) -> list[float]:
+    """The standard deviation of the cosines of different rows at each width, by sums of squares of d x d products."""
+    found, pairs = [], len(x) * (len(x) - 1)
+    for level, width in enumerate(nesting.widths):
+        unit = x[:, :width] * scale[:, level, None]
+        itself = unit.square().sum(1)
+        mean = (unit.sum(0).square().sum() - itself.sum()) / pairs
+        square = ((unit.T @ unit).square().sum() - itself.square().sum()) / pairs
+        found.append(float((square - mean * mean).clamp_min(0).sqrt()))
+    return found
+
+
+def _told(cosines: Iterable[Tensor], temperatures: Iterable[float], itself_RB: Tensor) -> Iterator[Tensor]:
+    """Logarithms of the softmax over the other rows, (R, B) for each width. A row's share of itself is next to none,
+    not none: KL would make NaN of its logarithm."""
+    for cosine, temperature in zip(cosines, temperatures, strict=False):
+        yield (cosine / temperature).masked_fill(itself_RB, OF_ITSELF).log_softmax(1)
 
 
 def _cosines(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, nesting: Nesting) -> Iterator[Tensor]:

@@ -85,8 +85,8 @@ class DepthConfig(_Checked):
         None, ge=2, description="Train so many depths a step, drawn anew, the last among them; all if unset."
     )
     align: float = Field(1.0, ge=0, description="Weight of each depth's distance to the last layer, at every width.")
-    alignment: Alignment = Field("kl", description="What that distance is: kl, cosine, mse or similarity.")
-    temperature: float = Field(0.3, gt=0, description="Of kl.")
+    alignment: Alignment = Field("kl", description="What that distance is: kl, cosine, mse, similarity or neighbours.")
+    temperature: float | None = Field(None, gt=0, description="Of kl (0.3 if unset) and of neighbours (0.05).")
 
     def nesting(self, layers: int, widths: Nesting) -> DepthNesting:
         """The depths for an encoder of so many layers and a model of these widths."""
@@ -122,7 +122,9 @@ class TrainConfig(_Checked):
     weights: tuple[float, ...] | None = Field(None, description="One weight per width; all 1 if unset.")
     loss: str = Field("info_nce", description="Name of the loss.")
     loss_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the loss.")
-    teacher: str | None = Field(None, description="Model that the loss learns from, or a file of its vectors.")
+    teacher: str | None = Field(
+        None, description="Model that the loss learns from, or a file of its vectors; for distill, the base if unset."
+    )
     temperature: float | tuple[float, ...] | None = Field(
         None, description="Short for the loss argument of that name: one, or one per width."
     )
@@ -132,6 +134,9 @@ class TrainConfig(_Checked):
         "proportional", description="Every row of every data set once an epoch, or as many batches of each."
     )
     no_duplicates: bool = Field(False, description="No text twice in a batch, where others are negatives.")
+    neighbours: bool = Field(
+        False, description="Batches of rows that are near each other by the teacher's vectors, where rows are compared."
+    )
     epochs: int = Field(5, ge=0, description="Passes over the rows; 0 trains nothing and only turns the base (rotate).")
     batch_size: int = Field(1024, ge=2, description="Rows a step, of all processes together; others are negatives.")
     mini_batch_size: int | None = Field(
@@ -230,6 +235,13 @@ class TrainConfig(_Checked):
         if self.no_duplicates and not contrastive:
             losses = ", ".join(dict.fromkeys(one.loss for one in sets))
             raise ValueError(f"no_duplicates is for losses whose negatives are the rest of the batch, not {losses}")
+        if self.neighbours and not any(one.teacher and recipe(one.loss).other_rows for one in sets):
+            raise ValueError(
+                "neighbours makes batches by a teacher's vectors, for losses that compare rows; give loss distill or "
+                "guided_info_nce, and a teacher"
+            )
+        if self.neighbours and self.no_duplicates:
+            raise ValueError("neighbours and no_duplicates both choose the batches; drop one")
 
     def sets(self) -> tuple[DataConfig, ...]:
         """The data sets; `pairs` and the options beside it are short for one."""
@@ -241,7 +253,8 @@ class TrainConfig(_Checked):
         if twice:
             raise InputError(f"{twice[0]} is given twice: as an option and in loss_args; drop one of the two")
         arguments = {**self.loss_args, **given}
-        return (DataConfig(path=self.pairs, loss=self.loss, loss_args=arguments, teacher=self.teacher),)
+        teacher = self.teacher or (self.base if self.loss == "distill" else None)
+        return (DataConfig(path=self.pairs, loss=self.loss, loss_args=arguments, teacher=teacher),)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "TrainConfig":

@@ -1,7 +1,7 @@
 """The data sets of a run: files read into columns of texts and what stands beside them, and batches made of them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from matryo.encoders import load
 from matryo.encoders.folder import fingerprint
 from matryo.training.config import DataConfig
 from matryo.training.objectives import Recipe, recipe
+from matryo.training.rotation import neighbourhoods
 from matryo.training.static import TokenBags
 
 BESIDE = ("label", "row")
@@ -231,6 +232,28 @@ def batches_by_label(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
     return GroupByLabelBatchSampler(dataset.with_format(None), **options)
 
 
+class NeighbourBatches(DefaultBatchSampler):
+    """Batches of rows that are near each other, drawn anew each epoch from parts of the data set.
+
+    The softmax over a batch then tells near rows from nearer ones; over all kinds of text it tells the kinds apart.
+    Parts are strung together and cut, so that every row comes once an epoch and a batch may hold the ends of two.
+    """
+
+    def __init__(self, dataset: Dataset, parts: Sequence[NDArray[np.intp]], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        parts = [rng.permutation(self.parts[n]) for n in rng.permutation(len(self.parts))]
+        rows = np.concatenate(parts)
+        whole = len(rows) - len(rows) % self.batch_size
+        for batch in rng.permutation(rows[:whole].reshape(-1, self.batch_size)):
+            yield batch.tolist()
+        if whole < len(rows) and not self.drop_last:
+            yield rows[whole:].tolist()
+
+
 class Teacher:
     """Another model's vectors of a data set's texts, made once."""
 
@@ -256,6 +279,11 @@ class Teacher:
             # As long as the model gives them: a teacher whose scores are dot products keeps them.
             vectors = load(name).encoder.vectors(list(distinct), 64, False)
         self.vectors = torch.from_numpy(np.array(vectors))
+
+    def neighbourhoods(self, fewest: int) -> list[NDArray[np.intp]]:
+        """Row numbers in parts of at least so many rows (all, if there are fewer) that lie near each other."""
+        columns = [self.vectors[torch.from_numpy(places)] for places in self.places]
+        return neighbourhoods(torch.stack(columns).sum(0).numpy(), fewest)
 
     def take(self, rows: Tensor) -> list[Tensor]:
         """(B, E) vectors of each column of some rows."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from matryo.encoders.layers import Layers
 from matryo.losses import NestedHead, gather_with_gradient, gathered_info_nce, over_depths
 from matryo.training import processes
 from matryo.training.caching import cached_embeddings
+from matryo.training.lengths import by_length, embed_alike, trimmed
 from matryo.training.objectives import check_arguments, recipe
 from matryo.training.static import merge_bags
 
@@ -205,9 +207,16 @@ class NestedObjective(nn.Module):
             merged: dict[str, Any] = self.model(merge_bags(features))
             return list(merged["sentence_embedding"].split(sizes))
         run: Any = self.model if depths is None or self.layers is None else self.layers.runner(depths.depths)
-        if self.mini_batch_size is not None:
-            return cached_embeddings(run, features, mini_batch_size=self.mini_batch_size)
-        return [run(f)["sentence_embedding"] for f in features]
+        if self.mini_batch_size is None:
+            return [embed_alike(run, f) for f in features]
+        ordered, size = [by_length(f) for f in features], self.mini_batch_size
+        short: Any = partial(_run_trimmed, run)
+        columns = cached_embeddings(short, [f for f, _ in ordered], mini_batch_size=size)
+        return [x if to is None else x[to] for x, (_, to) in zip(columns, ordered, strict=True)]
+
+
+def _run_trimmed(run: Any, features: dict[str, Any]) -> Any:
+    return run(trimmed(features))
 
 
 def _where_not_finite(found: Mapping[int | None, tuple[Nesting, Any]]) -> str:

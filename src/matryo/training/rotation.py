@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
+from matryo.losses import nested_distill
 
 SAMPLE = {"pca": 8192, "learned": 65536}
 """Texts that axes are computed from."""
-TEMPERATURE = 0.05
 FEWEST = 1024
 """Rows that are neighbours of each other: texts of one kind, or of one field."""
 
@@ -31,8 +30,8 @@ FEWEST = 1024
 class Learning:
     """How axes are learned."""
 
-    steps: int = 300
-    batch_size: int = 512
+    steps: int = 400
+    batch_size: int = 256
     learning_rate: float = 0.01
     warmup: int = 20
 
@@ -109,9 +108,10 @@ def learned_axes(
     """(D, D) float32, orthonormal rows whose prefixes say most of what whole vectors say about each other.
 
     At each width below D, the loss is the divergence (KL) of a prefix's softmax over the other vectors of a batch from
-    that of whole vectors. A model teaches its own prefixes, so they keep what it knows of texts that are not in the
-    data; a contrast of partners in place of it fits the data better and other texts worse. Batches are neighbours: a
-    loss over all kinds of text at once spends the narrow widths on telling the kinds apart, as principal axes do.
+    that of whole vectors: `matryo.losses.nested_distill(kind="neighbours")`. A model teaches its own prefixes, so they
+    keep what it knows of texts that are not in the data; a contrast of partners in place of it fits the data better and
+    other texts worse. Batches are neighbours: a loss over all kinds of text at once spends the narrow widths on telling
+    the kinds apart, as principal axes do.
 
     The rotation is Cayley's (I + A)^-1 (I - A) of a skew-symmetric A that starts at 0, so that axes which need no
     change stay as the model has them. A step costs O(D^3).
@@ -125,22 +125,22 @@ def learned_axes(
     columns = [torch.from_numpy(np.ascontiguousarray(column, np.float32)) for column in columns_ND]
     width = columns[0].shape[1]
     below = [(w, weight) for w, weight in zip(nesting.widths, nesting.weights, strict=True) if w < width and weight]
+    if not below:
+        return np.eye(width, dtype=np.float32)
+    taught = Nesting(*zip(*below, strict=True))
     rng = np.random.default_rng(seed)
     parts = neighbourhoods(np.sum(columns_ND, axis=0), FEWEST)
     upper_DD = nn.Parameter(torch.zeros(width, width))
     optimizer = torch.optim.Adam([upper_DD])
-    for step in range(how.steps if below else 0):
+    for step in range(how.steps):
         rows = torch.from_numpy(rng.permutation(parts[step % len(parts)])[: how.batch_size])
         whole_BD = torch.cat([column[rows] for column in columns])
         turned_BD = whole_BD @ _cayley(upper_DD).T
-        aim_BB = _told(whole_BD)
-        terms = [
-            w * F.kl_div(_told(turned_BD[:, :d]), aim_BB, reduction="batchmean", log_target=True) for d, w in below
-        ]
+        loss = nested_distill(turned_BD[:, : taught.D], whole_BD, nesting=taught, kind="neighbours")
         rate = how.learning_rate * min((step + 1) / how.warmup, 1) * (1 - step / how.steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        torch.autograd.backward(torch.stack(terms).sum())
+        loss.backward()
         optimizer.step()
     with torch.no_grad():
         return _cayley(upper_DD.double()).float().numpy()
@@ -152,13 +152,6 @@ def _cayley(upper_DD: Tensor) -> Tensor:
     identity_DD = torch.eye(len(skew_DD), dtype=skew_DD.dtype)
     turn_DD: Tensor = torch.linalg.solve(identity_DD + skew_DD, identity_DD - skew_DD)
     return turn_DD
-
-
-def _told(vectors_BD: Tensor) -> Tensor:
-    """(B, B) logarithms of the softmax of every vector's cosines with the others."""
-    unit_BD = F.normalize(vectors_BD, dim=1)
-    itself_BB = torch.eye(len(unit_BD), dtype=torch.bool)
-    return (unit_BD @ unit_BD.T / TEMPERATURE).masked_fill(itself_BB, -1e4).log_softmax(1)
 
 
 def neighbourhoods(vectors_ND: NDArray[np.float32], fewest: int) -> list[NDArray[np.intp]]:

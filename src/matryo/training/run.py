@@ -122,7 +122,8 @@ class _Run:
         if processes.count() > 1:
             self.identity["processes"] = processes.count()
         self.objective = self._objective()
-        self.teachers = {rows.name: Teacher(rows) for rows in self.sets if rows.config.teacher}
+        taught = self.sets if config.epochs else []
+        self.teachers = {rows.name: Teacher(rows) for rows in taught if rows.config.teacher}
         self.dataset, self.collator = self._data()
         self._check_identity(resume)
 
@@ -247,6 +248,7 @@ class _Run:
             optimizers=optimizers,
             callbacks=[Reporter(report, stop, _best_key(config.best), config.patience)],
             no_duplicates=config.no_duplicates,
+            neighbours=config.neighbours,
             teachers=self.teachers,
         )
         trainer.remove_callback(PrinterCallback)

@@ -19,7 +19,8 @@ from matryo.core.files import fsync_file, fsync_folder
 from matryo.core.prefix import Nesting
 from matryo.encoders.folder import disk_errors
 from matryo.training import processes
-from matryo.training.data import Teacher, batches_by_label, batches_without_duplicates
+from matryo.training.data import NeighbourBatches, Teacher, batches_by_label, batches_without_duplicates
+from matryo.training.rotation import FEWEST
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
 STAGING = ".unfinished"
@@ -36,11 +37,16 @@ class NestedTrainer(SentenceTransformerTrainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *, no_duplicates: bool = False, teachers: Mapping[str, Teacher] | None = None, **options: Any
+        self,
+        *,
+        no_duplicates: bool = False,
+        neighbours: bool = False,
+        teachers: Mapping[str, Teacher] | None = None,
+        **options: Any,
     ) -> None:
-        """Take the options of the trainer underneath, whether to keep texts from being in a batch twice, and the
-        teachers of data sets by their names."""
-        self.no_duplicates, self.teachers = no_duplicates, dict(teachers or {})
+        """Take the options of the trainer underneath, whether to keep texts from being in a batch twice, whether to
+        make batches of neighbours where there is a teacher, and the teachers of data sets by their names."""
+        self.no_duplicates, self.neighbours, self.teachers = no_duplicates, neighbours, dict(teachers or {})
         self.tallies: dict[str, Tensor] = {}
         super().__init__(**options)
         self.add_callback(_Epochs(self))
@@ -106,6 +112,9 @@ class NestedTrainer(SentenceTransformerTrainer):
             return batches_by_label(dataset, *args, **options)
         if self.no_duplicates and wanted.rows == "pairs":
             return batches_without_duplicates(dataset, *args, **options)
+        if self.neighbours and wanted.other_rows and name in self.teachers:
+            parts = self.teachers[name].neighbourhoods(max(FEWEST, 2 * options["batch_size"]))
+            return NeighbourBatches(dataset, parts, *args, **options)
         return super().get_batch_sampler(dataset, *args, **options)
 
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
