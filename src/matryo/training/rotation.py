@@ -22,7 +22,9 @@ from matryo.losses import nested_distill
 
 SAMPLE = {"pca": 8192, "learned": 65536}
 """Texts that axes are computed from."""
-FEWEST = 1024
+NEXT_TO_NONE = 1e-9
+"""A divergence whose logarithm need not fall further."""
+FEWEST = 256
 """Rows that are neighbours of each other: texts of one kind, or of one field."""
 
 
@@ -31,7 +33,7 @@ class Learning:
     """How axes are learned."""
 
     steps: int = 400
-    batch_size: int = 256
+    batch_size: int = 128
     learning_rate: float = 0.01
     warmup: int = 20
 
@@ -111,7 +113,8 @@ def learned_axes(
     that of whole vectors: `matryo.losses.nested_distill(kind="neighbours")`. A model teaches its own prefixes, so they
     keep what it knows of texts that are not in the data; a contrast of partners in place of it fits the data better and
     other texts worse. Batches are neighbours: a loss over all kinds of text at once spends the narrow widths on telling
-    the kinds apart, as principal axes do.
+    the kinds apart, as principal axes do. Logarithms are added, as divergences shrink with width: what a width gains
+    counts in proportion, or the narrowest would decide alone.
 
     The rotation is Cayley's (I + A)^-1 (I - A) of a skew-symmetric A that starts at 0, so that axes which need no
     change stay as the model has them. A step costs O(D^3).
@@ -127,7 +130,7 @@ def learned_axes(
     below = [(w, weight) for w, weight in zip(nesting.widths, nesting.weights, strict=True) if w < width and weight]
     if not below:
         return np.eye(width, dtype=np.float32)
-    taught = Nesting(*zip(*below, strict=True))
+    weights = torch.tensor([weight for _, weight in below])
     rng = np.random.default_rng(seed)
     parts = neighbourhoods(np.sum(columns_ND, axis=0), FEWEST)
     upper_DD = nn.Parameter(torch.zeros(width, width))
@@ -136,11 +139,14 @@ def learned_axes(
         rows = torch.from_numpy(rng.permutation(parts[step % len(parts)])[: how.batch_size])
         whole_BD = torch.cat([column[rows] for column in columns])
         turned_BD = whole_BD @ _cayley(upper_DD).T
-        loss = nested_distill(turned_BD[:, : taught.D], whole_BD, nesting=taught, kind="neighbours")
+        divergences = [
+            nested_distill(turned_BD[:, :d], whole_BD, nesting=Nesting([d]), kind="neighbours") for d, _ in below
+        ]
+        loss = (weights * torch.stack(divergences).clamp_min(NEXT_TO_NONE).log()).sum()
         rate = how.learning_rate * min((step + 1) / how.warmup, 1) * (1 - step / how.steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     with torch.no_grad():
         return _cayley(upper_DD.double()).float().numpy()
