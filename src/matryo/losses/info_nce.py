@@ -187,6 +187,7 @@ class _Sweep:
                 values[level] += self._level(level, rows, targets, columns, gradients)
                 if gradients:
                     self.products.add_gradients(level, rows, self.suffix[: len(targets)])
+        del self.logits, self.slopes, self.suffix
         if gradients:
             self.grad_anchors, self.grad_candidates = self.products.gradients()
             self._add_pulls()

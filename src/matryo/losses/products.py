@@ -93,9 +93,21 @@ class OneDnnProducts:
 
     def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
         self.anchors, self.blocks = anchors, blocks
-        self.candidates = [candidates[:, block].contiguous() for block in blocks]
+        self.shape = candidates.shape
+        # What stays is allocated first and once, and what passes after it: memory that is let go in between others
+        # is not given back by the C library, and made the peak half as high again.
+        self.room = candidates.new_empty(candidates.numel())
+        self.candidates = self._parts(self.room)
+        for part, block in zip(self.candidates, blocks, strict=True):
+            part.copy_(candidates[:, block])
         self.grad_anchors = torch.empty_like(anchors)
-        self.sums: list[Tensor | None] = [None] * len(blocks)
+        self.sums = [part.view(part.shape[1], -1) for part in self._parts(torch.empty_like(self.room))]
+
+    def _parts(self, room: Tensor) -> list[Tensor]:
+        """(N, w) for each block, dense, one after the other."""
+        count = self.shape[0]
+        sizes = [block.stop - block.start for block in self.blocks]
+        return [x.view(count, -1) for x in room.split_with_sizes([count * size for size in sizes])]
 
     def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
         """See BlockProducts; the operator gives memory of its own."""
@@ -107,19 +119,19 @@ class OneDnnProducts:
     def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
         """See BlockProducts."""
         self.grad_anchors[rows, self.blocks[block]] = _linear(suffix_RN, self.candidates[block].T)
-        anchors = self.anchors[rows, self.blocks[block]].T.contiguous()
-        self.sums[block] = _linear(anchors, suffix_RN.T, self.sums[block])
+        share = _linear(self.anchors[rows, self.blocks[block]].T.contiguous(), suffix_RN.T)
+        if rows.start == 0:
+            self.sums[block].copy_(share)
+        else:
+            self.sums[block].add_(share)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """See BlockProducts."""
-        # The copies of the blocks have served; without them and with each sum let go once read, the peak is lower.
-        count = len(self.candidates[0])
+        # The copies of the blocks have served: the candidates' gradient takes their place.
         self.candidates = []
-        grad_candidates = self.grad_anchors.new_empty(count, self.grad_anchors.shape[1])
-        for number, block in enumerate(self.blocks):
-            total, self.sums[number] = self.sums[number], None
-            if total is not None:
-                grad_candidates[:, block] = total.T
+        grad_candidates = self.room.view(self.shape)
+        for block, total in zip(self.blocks, self.sums, strict=True):
+            grad_candidates[:, block] = total.T
         return self.grad_anchors, grad_candidates
 
 
