@@ -24,9 +24,10 @@ from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.losses.products import block_products
 
-CHUNK_SCORES = 1 << 20
+CHUNK_SCORES = 3 << 18
 """Rows x candidates of one Gram buffer: big enough for an efficient product, small enough to stay in a CPU's cache, and
-that six of them are less than the 32 MB from which glibc hands memory back to the system after every step."""
+that eight of them are less than the 32 MB from which glibc hands memory back to the system after every step (with what
+large batches have beside, they are more, and a step is long then)."""
 BUFFER_SCORES = 24 << 20
 """Scores all L Gram buffers of a chunk may hold together: 96 MB of float32."""
 PLAIN_EXP_LIMIT = 40.0
@@ -157,14 +158,15 @@ class _Sweep:
 
     def __init__(self, anchors: Tensor, candidates: Tensor, temperatures: Tensor, setting: _Setting) -> None:
         self.anchors, self.candidates, self.temperatures, self.setting = anchors, candidates, temperatures, setting
-        self.products = block_products(anchors, candidates, setting.nesting.blocks)
+        chunk, levels = (setting.rows, len(candidates)), len(setting.nesting)
+        spare = (levels + 2) * chunk[0] * chunk[1]
+        self.products = block_products(anchors, candidates, setting.nesting.blocks, spare)
+        room = self.products.spare.view(levels + 2, *chunk)
+        self.logits, self.slopes, self.suffix = room[:levels], room[-2], room[-1]
         self.anchor_squares = self._prefix_squares(anchors)
         self.candidate_squares = self._prefix_squares(candidates)
         self.u = _inverse_root(self.anchor_squares) / temperatures[:, None]
         self.v = _inverse_root(self.candidate_squares)
-        shape = (setting.rows, len(candidates))
-        self.logits = anchors.new_empty(len(setting.nesting), *shape)
-        self.slopes, self.suffix = anchors.new_empty(shape), anchors.new_empty(shape)
 
     def _prefix_squares(self, x: Tensor) -> Tensor:
         """(L, rows) squared length of every prefix: the blocks' squares, added up."""
@@ -187,7 +189,6 @@ class _Sweep:
                 values[level] += self._level(level, rows, targets, columns, gradients)
                 if gradients:
                     self.products.add_gradients(level, rows, self.suffix[: len(targets)])
-        del self.logits, self.slopes, self.suffix
         if gradients:
             self.grad_anchors, self.grad_candidates = self.products.gradients()
             self._add_pulls()

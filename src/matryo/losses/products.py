@@ -17,6 +17,9 @@ NARROW = 64
 class BlockProducts(Protocol):
     """Products of anchors and candidates, block by block, chunk of rows by chunk."""
 
+    spare: Tensor
+    """Memory that was asked for beside; it goes when these products go."""
+
     def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
         """(R, N) products of the prefixes of some anchors with all candidates, block after block. Each is good until
         the next is asked for; `room_RN` is memory for them, free until the last one is out."""
@@ -28,10 +31,14 @@ class BlockProducts(Protocol):
         """(B, D) and (N, D), once all rows and blocks have been added."""
 
 
-def block_products(anchors_BD: Tensor, candidates_ND: Tensor, blocks: Sequence[slice]) -> BlockProducts:
-    """The products of these blocks of columns by the library that is faster for them."""
+def block_products(anchors_BD: Tensor, candidates_ND: Tensor, blocks: Sequence[slice], spare: int = 0) -> BlockProducts:
+    """The products of these blocks of columns by the library that is faster for them.
+
+    Args:
+        spare: numbers of memory to be had beside, for what is let go together with the products.
+    """
     kind = OneDnnProducts if one_dnn(anchors_BD) else TorchProducts
-    return kind(anchors_BD, candidates_ND, blocks)
+    return kind(anchors_BD, candidates_ND, blocks, spare)
 
 
 def one_dnn(x: Tensor) -> bool:
@@ -50,8 +57,8 @@ class TorchProducts:
     result a few rows high does not. So narrow blocks are kept transposed.
     """
 
-    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
-        self.anchors, self.blocks = anchors, blocks
+    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice], spare: int = 0) -> None:
+        self.anchors, self.blocks, self.spare = anchors, blocks, anchors.new_empty(spare)
         self.narrow = [block.stop - block.start <= NARROW for block in blocks]
         parts = [candidates[:, block] for block in blocks]
         self.candidates = [_transposed(x) if few else x for x, few in zip(parts, self.narrow, strict=True)]
@@ -91,17 +98,20 @@ class OneDnnProducts:
     a matrix of its own, and what is summed over chunks for the candidates is summed transposed.
     """
 
-    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice]) -> None:
+    def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice], spare: int = 0) -> None:
         self.anchors, self.blocks = anchors, blocks
         self.shape = candidates.shape
-        # What stays is allocated first and once, and what passes after it: memory that is let go in between others
-        # is not given back by the C library, and made the peak half as high again.
+        # What stays is allocated first, and what goes with these products in one piece: the C library gives a large
+        # piece back, and keeps holes of the sizes that the backward pass wants next, too small by its own padding.
         self.room = candidates.new_empty(candidates.numel())
         self.candidates = self._parts(self.room)
         for part, block in zip(self.candidates, blocks, strict=True):
             part.copy_(candidates[:, block])
         self.grad_anchors = torch.empty_like(anchors)
-        self.sums = [part.view(part.shape[1], -1) for part in self._parts(torch.empty_like(self.room))]
+        sums, self.spare = candidates.new_empty(candidates.numel() + spare).split_with_sizes(
+            [candidates.numel(), spare]
+        )
+        self.sums = [part.view(part.shape[1], -1) for part in self._parts(sums)]
 
     def _parts(self, room: Tensor) -> list[Tensor]:
         """(N, w) for each block, dense, one after the other."""
