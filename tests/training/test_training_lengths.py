@@ -9,6 +9,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 import matryo as mt
+from matryo.core.errors import InputError
 from matryo.losses import nested_distill
 from matryo.training import TrainConfig, train
 from matryo.training.data import NeighbourBatches
@@ -134,3 +135,10 @@ def test_a_model_teaches_its_own_prefixes_from_texts_alone(config, debian_rows, 
 def test_neighbours_where_there_are_none(options, said, pairs_file, tmp_path):
     with pytest.raises(ValueError, match=said):
         TrainConfig(pairs=pairs_file, out=tmp_path / "x", neighbours=True, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be_is_refused_before_anything_is_encoded(temperature, pairs_file, tmp_path):
+    taught = {"loss": "distill", "loss_args": {"kind": "neighbours", "temperature": temperature}, "teacher": "toy"}
+    with pytest.raises(InputError, match=r"temperature must be finite and above 0, got"):
+        TrainConfig(pairs=pairs_file, out=tmp_path / "x", **taught)

@@ -1,6 +1,7 @@
 """Losses by name: what rows each one needs, and which arguments it takes, read off its signature."""
 
 import inspect
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from matryo.core.prefix import Nesting
 from matryo.training.user_losses import imported
 
 Kind = Literal["pairs", "triplets", "lists", "labelled", "scored", "texts"]
+TEMPERATURES = {"temperature", "teacher_temperature"}
 OWN = {"nesting", "per_width", "group", "ignore", "targets", "chunk", "capacity"}
 """Arguments that the trainer gives a loss, or that change nothing but speed."""
 
@@ -125,6 +127,10 @@ def check_arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             said = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in error.errors()))
             raise InputError(f"loss {name!r}: {key} should be {said}, got {value!r}") from error
+    for key in TEMPERATURES & checked.keys():
+        each = checked[key] if _is_list(checked[key]) else [checked[key]]
+        if not all(0 < value < math.inf for value in each if isinstance(value, (int, float))):
+            raise InputError(f"loss {name!r}: {key} must be finite and above 0, got {checked[key]}; 0.05 is usual")
     can = recipe(name).learnable()
     for learned in checked.get("learn", ()):
         if learned not in can:
