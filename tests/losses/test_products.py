@@ -18,7 +18,7 @@ KINDS = [TorchProducts, *([OneDnnProducts] if HAS_ONE_DNN else [])]
 @given(
     size=st.integers(1, 40),
     count=st.integers(1, 60),
-    steps=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    steps=st.lists(st.integers(1, 90) | st.sampled_from([97, 192, 193, 400]), min_size=1, max_size=4),
     chunk=st.integers(1, 40),
     seed=st.integers(0, 2**31),
 )

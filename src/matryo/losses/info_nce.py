@@ -24,7 +24,7 @@ from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
 from matryo.losses.products import block_products
 
-CHUNK_SCORES = 3 << 18
+CHUNK_SCORES = 5 << 17
 """Rows x candidates of one Gram buffer: big enough for an efficient product, small enough to stay in a CPU's cache, and
 that eight of them are less than the 32 MB from which glibc hands memory back to the system after every step (with what
 large batches have beside, they are more, and a step is long then)."""
@@ -169,8 +169,9 @@ class _Sweep:
         self.v = _inverse_root(self.candidate_squares)
 
     def _prefix_squares(self, x: Tensor) -> Tensor:
-        """(L, rows) squared length of every prefix: the blocks' squares, added up."""
-        return torch.stack([x[:, block].square().sum(1) for block in self.setting.nesting.blocks]).cumsum(0)
+        """(L, rows) squared length of every prefix: the blocks' squares, added up (a norm makes no copy of them)."""
+        norms = [torch.linalg.vector_norm(x[:, block], dim=1) for block in self.setting.nesting.blocks]
+        return torch.stack(norms).square().cumsum(0)
 
     def run(self, gradients: bool) -> Tensor:
         """(L,) loss at each width; fills `gradients` of anchors, candidates and temperatures if asked."""

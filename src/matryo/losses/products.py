@@ -12,6 +12,10 @@ from torch import Tensor
 
 NARROW = 64
 """Columns up to which a block is kept transposed."""
+WEIGHT_COLUMNS = 192
+"""Columns of a weight that go to oneDNN at a time: more take more memory beside, fewer take longer."""
+SHARE_COLUMNS = 96
+"""Columns of the candidates' gradient that oneDNN works out at a time, as above."""
 
 
 class BlockProducts(Protocol):
@@ -95,54 +99,70 @@ class OneDnnProducts:
     """Products by oneDNN, through the operator that torch's compiler calls: x @ weight^T (+ other).
 
     It is fast for a dense x, and for a weight that is dense as it stands or transposed. So every block of candidates is
-    a matrix of its own, and what is summed over chunks for the candidates is summed transposed.
+    a matrix of its own, and what is summed over chunks for the candidates is summed transposed. Every call takes memory
+    for its result and for a copy of the weight in its own layout, so wide blocks are worked on in parts.
     """
 
     def __init__(self, anchors: Tensor, candidates: Tensor, blocks: Sequence[slice], spare: int = 0) -> None:
-        self.anchors, self.blocks = anchors, blocks
+        self.anchors = anchors
+        self.blocks = [_parts(block) for block in blocks]
         self.shape = candidates.shape
         # What stays is allocated first, and what goes with these products in one piece: the C library gives a large
         # piece back, and keeps holes of the sizes that the backward pass wants next, too small by its own padding.
         self.room = candidates.new_empty(candidates.numel())
-        self.candidates = self._parts(self.room)
-        for part, block in zip(self.candidates, blocks, strict=True):
-            part.copy_(candidates[:, block])
         self.grad_anchors = torch.empty_like(anchors)
+        self.candidates = self._matrices(self.room)
+        for columns, part in self.candidates.items():
+            part.copy_(candidates[:, slice(*columns)])
         sums, self.spare = candidates.new_empty(candidates.numel() + spare).split_with_sizes(
             [candidates.numel(), spare]
         )
-        self.sums = [part.view(part.shape[1], -1) for part in self._parts(sums)]
+        self.sums = {columns: part.view(part.shape[1], -1) for columns, part in self._matrices(sums).items()}
 
-    def _parts(self, room: Tensor) -> list[Tensor]:
-        """(N, w) for each block, dense, one after the other."""
+    def _matrices(self, room: Tensor) -> dict[tuple[int, int], Tensor]:
+        """(N, w) for each part of a block, dense, one after the other."""
         count = self.shape[0]
-        sizes = [block.stop - block.start for block in self.blocks]
-        return [x.view(count, -1) for x in room.split_with_sizes([count * size for size in sizes])]
+        parts = [columns for block in self.blocks for columns in block]
+        sizes = [count * (end - start) for start, end in parts]
+        return {columns: x.view(count, -1) for columns, x in zip(parts, room.split_with_sizes(sizes), strict=True)}
 
     def grams(self, rows: slice, room_RN: Tensor) -> Iterator[Tensor]:
         """See BlockProducts; the operator gives memory of its own."""
         gram: Tensor | None = None
-        for block, candidates in zip(self.blocks, self.candidates, strict=True):
-            gram = _linear(self.anchors[rows, block].contiguous(), candidates, gram)
+        for block in self.blocks:
+            for columns in block:
+                gram = _linear(self.anchors[rows, slice(*columns)].contiguous(), self.candidates[columns], gram)
+            assert gram is not None
             yield gram
 
     def add_gradients(self, block: int, rows: slice, suffix_RN: Tensor) -> None:
         """See BlockProducts."""
-        self.grad_anchors[rows, self.blocks[block]] = _linear(suffix_RN, self.candidates[block].T)
-        share = _linear(self.anchors[rows, self.blocks[block]].T.contiguous(), suffix_RN.T)
-        if rows.start == 0:
-            self.sums[block].copy_(share)
-        else:
-            self.sums[block].add_(share)
+        for columns in self.blocks[block]:
+            place = slice(*columns)
+            self.grad_anchors[rows, place] = _linear(suffix_RN, self.candidates[columns].T)
+            parts = self.anchors[rows, place].T.split(SHARE_COLUMNS)
+            for part, total in zip(parts, self.sums[columns].split(SHARE_COLUMNS), strict=True):
+                share = _linear(part.contiguous(), suffix_RN.T)
+                if rows.start == 0:
+                    total.copy_(share)
+                else:
+                    total.add_(share)
+                del share  # before the next is taken
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """See BlockProducts."""
         # The copies of the blocks have served: the candidates' gradient takes their place.
-        self.candidates = []
+        self.candidates = {}
         grad_candidates = self.room.view(self.shape)
-        for block, total in zip(self.blocks, self.sums, strict=True):
-            grad_candidates[:, block] = total.T
+        for columns, total in self.sums.items():
+            grad_candidates[:, slice(*columns)] = total.T
         return self.grad_anchors, grad_candidates
+
+
+def _parts(block: slice) -> list[tuple[int, int]]:
+    """(start, end) of pieces of at most `WEIGHT_COLUMNS` columns."""
+    starts = range(block.start, block.stop, WEIGHT_COLUMNS)
+    return [(start, min(start + WEIGHT_COLUMNS, block.stop)) for start in starts]
 
 
 def _transposed(x: Tensor) -> Tensor:
