@@ -13,7 +13,8 @@ Beside them stands the un-nested model on other axes of its training texts: prin
 widths (`matryo train --base un-nested --rotate learned --epochs 0`), which nest it without training it again;
 `--axes-only` measures these alone. With `--taught` the nested one starts from the un-nested one instead and learns
 from it: its prefixes are to say of the same texts who is near whom as the whole vectors do (`--loss distill --loss-arg
-kind=neighbours --neighbours`). What is subtracted are means over the sets.
+kind=neighbours --neighbours`); with `--blend .4` it is two fifths of what that gives and three fifths of what it
+started from, both turned alike. What is subtracted are means over the sets.
 `--init` adds the model that both started from. Rows go to results/rows.jsonl.
 """
 
@@ -83,6 +84,7 @@ def train(name: str, widths: tuple[int, ...], options: Any, pairs: Path, base: P
         seed=options.seed,
         weights=tuple(options.weights) if options.weights and len(widths) > 1 else None,
         rotate=options.rotate if len(widths) > 1 else "none",
+        blend=options.blend if len(widths) > 1 else 1,
         **taught,
     )
 
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--taught", action="store_true", help="the nested one learns from the un-nested one")
     parser.add_argument("--taught-epochs", type=int, default=2)
     parser.add_argument("--taught-rate", type=float, default=5e-5)
+    parser.add_argument("--blend", type=float, default=1.0, help="share of the trained weights in the nested one")
     parser.add_argument("--axes-only", action="store_true", help="train no nested model")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +217,7 @@ def main() -> None:
                 table[rival] = scores(on_axes(vectors, turned), options)
     rows = []
     kept = ("size", "cut", "batch", "epochs", "rate", "precision", "weights", "rotate", "split", "seed",
-            "taught", "taught_epochs", "taught_rate")  # fmt: skip
+            "taught", "taught_epochs", "taught_rate", "blend")  # fmt: skip
     settings = {name: getattr(options, name) for name in kept}
     for width in options.widths:
         means = {name: np.mean([values[width] for values, _ in sets.values()]) for name, sets in table.items()}

@@ -111,6 +111,7 @@ def train(
     ] = None,
     lora: Annotated[str | None, typer.Option(help="Rank of adapters, or '{r: 16, alpha: 32}'.")] = None,
     rotate: Annotated[str | None, typer.Option(help="Turn the base's vectors first: learned, pca or none.")] = None,
+    blend: Annotated[float | None, typer.Option(help="Share of the trained weights; the rest is the base's.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     head_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of what a loss learns itself.")] = None,
     temperature: Annotated[str | None, typer.Option(help="One, or one per width.")] = None,

@@ -140,8 +140,8 @@ class OneDnnProducts:
         for columns in self.blocks[block]:
             place = slice(*columns)
             self.grad_anchors[rows, place] = _linear(suffix_RN, self.candidates[columns].T)
-            parts = self.anchors[rows, place].T.split(SHARE_COLUMNS)
-            for part, total in zip(parts, self.sums[columns].split(SHARE_COLUMNS), strict=True):
+            parts = torch.split(self.anchors[rows, place].T, SHARE_COLUMNS)
+            for part, total in zip(parts, torch.split(self.sums[columns], SHARE_COLUMNS), strict=True):
                 share = _linear(part.contiguous(), suffix_RN.T)
                 if rows.start == 0:
                     total.copy_(share)

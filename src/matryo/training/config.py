@@ -154,6 +154,9 @@ class TrainConfig(_Checked):
         description="Turn the base's vectors first: to axes learned for the widths, or to principal axes (pca), which "
         "are for data of one kind.",
     )
+    blend: float = Field(
+        1.0, gt=0, le=1, description="Share of the trained weights in what is written; the rest is the base's, turned."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; 0.2 for static, 2e-5 for others if unset.")
     head_learning_rate: float | None = Field(
         None, gt=0, description="Peak rate of what a loss learns beside the model; between 0.001 and 0.01 if unset."
@@ -210,6 +213,10 @@ class TrainConfig(_Checked):
             raise ValueError("depths with widths of their own and sample_widths both choose the widths; drop one")
         if self.rotate != "none" and self.base is None:
             raise ValueError("rotate turns the vectors of a model that exists; name one as base")
+        if self.blend < 1 and self.base is None:
+            raise ValueError("blend mixes trained weights with those of a model that exists; name one as base")
+        if self.blend < 1 and self.lora is not None:
+            raise ValueError("blend mixes whole weights; with lora lower its alpha instead")
         if self.epochs == 0 and self.rotate == "none":
             raise ValueError("0 epochs train nothing; that is for turning a base: give rotate, or more epochs")
         if self.widths is not None:

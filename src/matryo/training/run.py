@@ -28,6 +28,7 @@ from matryo.encoders.model import Card
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder, check_device
 from matryo.encoders.static import StaticEncoder
 from matryo.training import processes
+from matryo.training.blend import blend_with_start, save_start
 from matryo.training.card import int8_scales, score_rows, versions, write_readme
 from matryo.training.config import TrainConfig
 from matryo.training.data import (
@@ -222,6 +223,8 @@ class _Run:
         if processes.is_main():
             with storage_errors(f"creating {self.work}"):
                 self.work.mkdir(parents=True, exist_ok=True)
+                if self.config.blend < 1:
+                    save_start(self.model, self.work)
             write_text(path, text)
 
     def fit(self, report: Callable[[Step], None] | None, stop: threading.Event) -> None:
@@ -333,6 +336,8 @@ class _Run:
         out, config = self.config.out, self.config
         if config.lora is not None:
             self.model = merged(self.model, str(config.base))
+        if config.blend < 1:
+            blend_with_start(self.model, self.work, config.blend)
         encode = self._encode(self.model)
         _declare_widths(self.model, self.nesting)
         self.model.save_pretrained(str(out), create_model_card=False)
