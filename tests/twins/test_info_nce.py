@@ -241,7 +241,17 @@ def test_no_gradient_no_gradient_work():
     assert torch.isfinite(value)
 
 
+def test_one_candidate_alone_teaches_nothing():
+    anchors = torch.randn(1, 8, requires_grad=True)
+    loss = nested_info_nce(anchors, torch.randn(1, 8), nesting=mt.Nesting([4, 8]))
+    loss.backward()
+    assert loss == 0
+    assert not anchors.grad.abs().max() > 1e-6
+
+
 ONE = torch.ones(3, 8)
+BAD = ONE.clone()
+BAD[1, 5] = torch.nan
 
 
 @pytest.mark.parametrize(
@@ -268,6 +278,11 @@ ONE = torch.ones(3, 8)
         ),
         (lambda: nested_info_nce(ONE, ONE, nesting=mt.Nesting([8]), group=torch.tensor([1])), r"group must be \(3,\)"),
         (lambda: nested_info_nce(ONE, ONE, nesting=mt.Nesting([8]), chunk=0), "at least 1 row"),
+        (
+            lambda: nested_info_nce(BAD, ONE, nesting=mt.Nesting([4, 8])),
+            "at width 8 is nan: row 1 of anchors holds NaN",
+        ),
+        (lambda: nested_info_nce(ONE, BAD, nesting=mt.Nesting([4, 8])), "at width 8 is nan: row 1 of candidates holds"),
         (lambda: nested(lambda x: x.sum(), mt.Nesting([9]))(ONE), "no positional argument is an embedding of width 9"),
     ],
 )

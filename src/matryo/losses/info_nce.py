@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from matryo.core.errors import InputError
 from matryo.core.prefix import Nesting
+from matryo.losses.checks import check_finite
 from matryo.losses.products import block_products
 
 CHUNK_SCORES = 5 << 17
@@ -73,10 +74,12 @@ def nested_info_nce(
 
     Returns:
         A scalar in float32 (float64 for float64 input), or (scalar, per-width values). Half-precision input is widened
-        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once.
+        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once. Of one candidate
+        alone, as the last batch of an epoch may have, there is nothing to learn: loss and gradient are 0.
 
     Raises:
-        InputError: shapes, widths, targets or temperatures that do not fit.
+        InputError: shapes, widths, targets or temperatures that do not fit; a loss that is NaN or infinite (names the
+            width and the first bad row).
     """
     _check(anchors_BD, candidates_ND, nesting, targets, ignore, group, symmetric, chunk)
     device, dtype = anchors_BD.device, torch.promote_types(anchors_BD.dtype, torch.float32)
@@ -91,6 +94,7 @@ def nested_info_nce(
         nesting, places, symmetric, ignore, group, min(rows, len(anchors_BD)), 1 / coolest > PLAIN_EXP_LIMIT
     )
     total, values = _NestedInfoNCE.apply(anchors_BD, candidates_ND, temperatures, setting)  # type: ignore[no-untyped-call]
+    check_finite(values, nesting, {"anchors": anchors_BD, "candidates": candidates_ND})
     return (total, values) if per_width else total
 
 
