@@ -74,8 +74,8 @@ def nested_info_nce(
 
     Returns:
         A scalar in float32 (float64 for float64 input), or (scalar, per-width values). Half-precision input is widened
-        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once. Of one candidate
-        alone, as the last batch of an epoch may have, there is nothing to learn: loss and gradient are 0.
+        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once. One candidate
+        alone, as the last batch of an epoch may have, teaches nothing: loss and gradient are 0.
 
     Raises:
         InputError: shapes, widths, targets or temperatures that do not fit; a loss that is NaN or infinite (names the
