@@ -5,9 +5,11 @@ import pytest
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
+import matryo as mt
 from matryo.core.errors import DamagedError, InputError
 from matryo.training import train
 from matryo.training.blend import START, blend_with_start, save_start
+from matryo.training.rotation import add_rotation
 
 
 def weights(out):
@@ -46,6 +48,8 @@ def test_run_that_goes_on_gives_the_same_bits(interrupted, config, trained):
 
 def test_every_weight_of_a_transformer_is_mixed(minilm, tmp_path):
     model = SentenceTransformer(str(minilm), device="cpu")
+    texts = [f"text {n} about {what}" for what in ("chess", "music", "rain") for n in range(20)]
+    add_rotation(model, [texts], "learned", mt.Nesting([12, 384]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_start(model, tmp_path)
     for value in model.parameters():

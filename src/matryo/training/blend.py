@@ -18,8 +18,12 @@ START = "start.safetensors"
 
 def save_start(model: nn.Module, folder: Path) -> None:
     """Keep the weights that training starts from."""
-    # Copies: weights that are tied share their memory, which the format does not take.
-    save_file({name: value.detach().cpu().clone() for name, value in model.state_dict().items()}, folder / START)
+    # Dense copies: the format takes neither weights that share their memory, nor learned axes as they come.
+    weights = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    save_file(weights, folder / START)
 
 
 def blend_with_start(model: nn.Module, folder: Path, share: float) -> None:
