@@ -148,9 +148,9 @@ def test_transformer_learns_axes_and_keeps_its_cosines(minilm, texts):
     assert lack(after, np.eye(384), [12]) < 0.8 * lack(before, np.eye(384), [12])
 
 
-@pytest.mark.parametrize("how", ["pca", "learned"])
-def test_run_that_goes_on_gives_the_same_bits(interrupted, config, trained, how):
-    options = {"base": str(trained), "rotate": how, "learning_rate": 0.01}
+@pytest.mark.parametrize("options", [{"rotate": "pca"}, {"rotate": "learned"}, {"rotate": "pca", "blend": 0.5}])
+def test_run_that_goes_on_gives_the_same_bits(interrupted, config, trained, options):
+    options = {"base": str(trained), "learning_rate": 0.01, **options}
     first = interrupted(**options)
     train(first, resume=True)
     whole = config("whole", **options)

@@ -1,7 +1,7 @@
 """A mean of the weights before and after training (WiSE-FT, arXiv 2109.01903, equation 1).
 
 Training for narrow widths on some texts moves whole vectors of other texts too. On the straight line between both
-sets of weights more of what was gained is kept than of what was lost.
+sets of weights more is kept of what was gained than of what was lost.
 """
 
 from pathlib import Path

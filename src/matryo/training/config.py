@@ -217,6 +217,8 @@ class TrainConfig(_Checked):
             raise ValueError("blend mixes trained weights with those of a model that exists; name one as base")
         if self.blend < 1 and self.lora is not None:
             raise ValueError("blend mixes whole weights; with lora lower its alpha instead")
+        if self.blend < 1 and any(recipe(one.loss).head for one in self.sets()):
+            raise ValueError("blend mixes weights from before and after training, and a classifier has none before")
         if self.epochs == 0 and self.rotate == "none":
             raise ValueError("0 epochs train nothing; that is for turning a base: give rotate, or more epochs")
         if self.widths is not None:

@@ -313,7 +313,8 @@ def check_batches(sets: Sequence[Rows], batch_size: int) -> None:
                 f"loss {rows.config.loss!r} compares rows of one class and takes two of each at a time; it needs "
                 f"an even batch_size of at least 4, got {batch_size}"
             )
-        if (np.bincount(rows.labels) >= 2).sum() < 2:  # type: ignore[arg-type]
+        assert rows.labels is not None, "losses by label read labels"
+        if (np.bincount(rows.labels) >= 2).sum() < 2:
             raise InputError(
                 f"{rows.config.path}: loss {rows.config.loss!r} compares rows of one class with others; it needs at "
                 "least two classes of at least two rows"

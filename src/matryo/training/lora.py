@@ -1,6 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by the peft package: put in before training, merged when it ends."""
 
-from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
@@ -42,6 +41,6 @@ def merged(model: SentenceTransformer, base: str) -> SentenceTransformer:
     weights = {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
     }
-    whole: Any = SentenceTransformerEncoder.load(base, str(model.device)).model
+    whole: SentenceTransformer = SentenceTransformerEncoder.load(base, str(model.device)).model
     whole.load_state_dict(weights)
-    return whole  # type: ignore[no-any-return]
+    return whole

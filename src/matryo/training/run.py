@@ -223,7 +223,8 @@ class _Run:
         if processes.is_main():
             with storage_errors(f"creating {self.work}"):
                 self.work.mkdir(parents=True, exist_ok=True)
-                if self.config.blend < 1:
+            if self.config.blend < 1:
+                with disk_errors(f"keeping the weights to blend with in {self.work}"):
                     save_start(self.model, self.work)
             write_text(path, text)
 
