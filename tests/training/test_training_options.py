@@ -143,6 +143,14 @@ def tune(minilm, pairs, out, **options):
     return TrainConfig(**{"pairs": pairs, "out": out, "base": str(minilm), **small, **options})
 
 
+def test_adapters_of_a_turned_model_are_merged_with_its_axes(minilm, short_pairs, tmp_path):
+    options = {"lora": LoraConfig(r=4, target_modules=("query", "value")), "rotate": "pca", "learning_rate": 1e-9}
+    tuned = train(tune(minilm, short_pairs, tmp_path / "tuned", **options, epochs=1))
+    turned = train(tune(minilm, short_pairs, tmp_path / "turned", rotate="pca", epochs=0))
+    texts = ["mail server", "a puzzle game"]
+    np.testing.assert_allclose(tuned.encode(texts), turned.encode(texts), atol=1e-4)
+
+
 def test_adapters_are_merged_into_a_folder_that_loads_anywhere(minilm, short_pairs, tmp_path):
     options = {"lora": LoraConfig(r=4, target_modules=("query", "value")), "learning_rate": 1e-2, "epochs": 2}
     made = tune(minilm, short_pairs, tmp_path / "tuned", **options)

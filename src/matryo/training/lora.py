@@ -1,10 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by the peft package: put in before training, merged when it ends."""
 
-
 from sentence_transformers import SentenceTransformer
 
 from matryo.core.errors import InputError, MissingExtraError
-from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 from matryo.training.config import LoraConfig
 
 
@@ -31,8 +29,8 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
         raise InputError(f"lora: {reason}; name layers of the model in target_modules") from error
 
 
-def merged(model: SentenceTransformer, base: str) -> SentenceTransformer:
-    """A model of `base`'s own architecture whose weights are the trained ones, adapters added in."""
+def merged(model: SentenceTransformer, whole: SentenceTransformer) -> SentenceTransformer:
+    """`whole`, which is the model without adapters, with the trained weights, adapters added in."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -41,6 +39,5 @@ def merged(model: SentenceTransformer, base: str) -> SentenceTransformer:
     weights = {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
     }
-    whole: SentenceTransformer = SentenceTransformerEncoder.load(base, str(model.device)).model
     whole.load_state_dict(weights)
     return whole

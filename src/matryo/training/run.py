@@ -157,15 +157,20 @@ class _Run:
             return new_static(static, texts, config.seed).to(config.device or "cpu")
         if Path(config.base).is_dir():
             module_types(Path(config.base))
-        model: SentenceTransformer = SentenceTransformerEncoder.load(config.base, config.device).model
-        if config.rotate != "none":
-            # A run that goes on loads the turned weights from its checkpoint.
-            columns = [] if checkpoints(self.work) else paired(self.sets)
-            nesting = config.nesting(int(model.get_embedding_dimension() or 0))
-            add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
+        # A run that goes on loads the turned weights from its checkpoint.
+        model = self._base(config.base, [] if checkpoints(self.work) else paired(self.sets))
         if config.lora is not None:
             with _seeded(config.seed):
                 add_adapter(model, config.lora)
+        return model
+
+    def _base(self, base: str, columns: list[list[str]]) -> SentenceTransformer:
+        """The base, turned by these texts; without texts, with the layers that turned weights go into."""
+        config = self.config
+        model: SentenceTransformer = SentenceTransformerEncoder.load(base, config.device).model
+        if config.rotate != "none":
+            nesting = config.nesting(int(model.get_embedding_dimension() or 0))
+            add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
         return model
 
     def _check_fit(self) -> None:
@@ -336,7 +341,7 @@ class _Run:
         """Write the model folder; `matryo.json` comes last, so that its presence means a whole model."""
         out, config = self.config.out, self.config
         if config.lora is not None:
-            self.model = merged(self.model, str(config.base))
+            self.model = merged(self.model, self._base(str(config.base), []))
         if config.blend < 1:
             blend_with_start(self.model, self.work, config.blend)
         encode = self._encode(self.model)
