@@ -17,7 +17,7 @@ from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.prefix import Nesting
 from matryo.losses import nested_quantised_info_nce
 from matryo.training import DataConfig, LoraConfig, TrainConfig, train
-from matryo.training.data import Rows, batches_by_label, batches_without_duplicates, token_datasets
+from matryo.training.data import Rows, WithoutDuplicates, batches_by_label, token_datasets
 from matryo.training.objective import Batch, NestedObjective, Part
 from matryo.training.progress import ran_out
 from matryo.training.row_adam import RowAdam
@@ -38,11 +38,27 @@ def test_no_text_is_twice_in_a_batch_whether_rows_are_texts_or_numbers(numbers):
         dataset, _ = token_datasets([rows], tokenizer)
         assert dataset[0]["anchor"] == dataset[5]["anchor"] == dataset[2]["anchor"] != dataset[3]["anchor"]
     options = {"batch_size": 8, "drop_last": False, "generator": torch.Generator(), "seed": 0}
-    batches = list(batches_without_duplicates(dataset, **options))
+    batches = list(WithoutDuplicates(dataset, **options))
     for batch in batches:
         texts = [text for n in batch for text in pairs[n]]
         assert len(set(texts)) == len(texts)
     assert sorted(itertools.chain.from_iterable(batches)) == list(range(len(pairs)))
+
+
+def test_rows_of_one_text_left_over_are_no_batches_of_one():
+    columns = {"anchor": ["mail"] * 6 + ["game", "chess"], "positive": [f"text {n}" for n in range(8)]}
+    batches = list(WithoutDuplicates(Dataset.from_dict(columns), batch_size=4, drop_last=False, seed=0))
+    assert batches
+    assert all(len(batch) > 1 for batch in batches)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "sigmoid"}, {"no_duplicates": True}])
+def test_a_last_row_with_nothing_to_be_compared_with_is_left_out(config, tmp_path, options):
+    """33 pairs in batches of 16: the last would be one, which these losses refuse."""
+    pairs, seen = tmp_path / "33.jsonl", []
+    pairs.write_text("".join(f'{{"anchor": "word{n} here", "positive": "word{n} there"}}\n' for n in range(33)))
+    train(config(pairs=pairs, batch_size=16, save_steps=None, **options), report=seen.append)
+    assert seen[-1].step == seen[-1].steps == 4
 
 
 def test_batches_by_label_hold_two_of_a_class():

@@ -74,12 +74,11 @@ def nested_info_nce(
 
     Returns:
         A scalar in float32 (float64 for float64 input), or (scalar, per-width values). Half-precision input is widened
-        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once. One candidate
-        alone, as the last batch of an epoch may have, teaches nothing: loss and gradient are 0.
+        first and autocast is off inside; gradients come back in the input's dtype. Differentiable once.
 
     Raises:
-        InputError: shapes, widths, targets or temperatures that do not fit; a loss that is NaN or infinite (names the
-            width and the first bad row).
+        InputError: shapes, widths, targets or temperatures that do not fit; one candidate alone, which there is nothing
+            to tell from; a loss that is NaN or infinite (names the width and the first bad row).
     """
     _check(anchors_BD, candidates_ND, nesting, targets, ignore, group, symmetric, chunk)
     device, dtype = anchors_BD.device, torch.promote_types(anchors_BD.dtype, torch.float32)
@@ -312,6 +311,11 @@ def _check(
     size, count = len(anchors), len(candidates)
     if size == 0:
         raise InputError("a batch needs at least one anchor, got none")
+    if count == 1:
+        raise InputError(
+            "one candidate alone has no other to be told from, so it teaches nothing; give at least 2 candidates "
+            "(drop a last batch of one)"
+        )
     if targets is None and count < size:
         raise InputError(f"{size} anchors need at least {size} candidates (the positives first), got {count}")
     if targets is not None:

@@ -222,9 +222,22 @@ class _Values:
         return {name: values[row] for name, values in self.columns.items()}
 
 
-def batches_without_duplicates(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
-    """sentence-transformers' sampler that puts no text twice into a batch; groups and scores are not texts."""
-    return NoDuplicatesBatchSampler(_Values(dataset), **options)
+class WithoutDuplicates(NoDuplicatesBatchSampler):
+    """sentence-transformers' sampler that puts no text twice into a batch; groups and scores are not texts.
+
+    Rows of one text that are left over at the end of an epoch make batches of one; these have nothing to be compared
+    with and are left out.
+    """
+
+    def __init__(self, dataset: Dataset, **options: Any) -> None:
+        super().__init__(_Values(dataset), **options)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch for batch in super().__iter__() if len(batch) > 1)
+
+    def __len__(self) -> int:
+        count: int = super().__len__()
+        return count - (not self.drop_last and len(self.dataset) % self.batch_size == 1)
 
 
 def batches_by_label(dataset: Dataset, **options: Any) -> DefaultBatchSampler:
@@ -321,7 +334,20 @@ def check_batches(sets: Sequence[Rows], batch_size: int) -> None:
             )
 
 
+def leaves_one(rows: int, batch_size: int, wanted: Recipe) -> bool:
+    """Whether an epoch would end on one row that its loss has nothing to compare with.
+
+    It is left out then: each epoch has another order, and leaves out another row.
+    """
+    return wanted.other_rows and not wanted.by_label and rows % batch_size == 1
+
+
 def batches(sets: Sequence[Rows], batch_size: int, mixing: str, drop_last: bool) -> int:
     """How many batches an epoch has."""
-    each = [len(rows) // batch_size if drop_last else -(-len(rows) // batch_size) for rows in sets]
+    each = [
+        len(rows) // batch_size
+        if drop_last or leaves_one(len(rows), batch_size, rows.recipe)
+        else -(-len(rows) // batch_size)
+        for rows in sets
+    ]
     return min(each) * len(each) if mixing == "round_robin" else sum(each)

@@ -19,7 +19,7 @@ from matryo.core.files import fsync_file, fsync_folder
 from matryo.core.prefix import Nesting
 from matryo.encoders.folder import disk_errors
 from matryo.training import processes
-from matryo.training.data import NeighbourBatches, Teacher, batches_by_label, batches_without_duplicates
+from matryo.training.data import NeighbourBatches, Teacher, WithoutDuplicates, batches_by_label, leaves_one
 from matryo.training.rotation import FEWEST
 from matryo.training.state import load_state, random_state, save_state, set_random_state
 
@@ -103,7 +103,8 @@ class NestedTrainer(SentenceTransformerTrainer):
         return isinstance(dataset, DatasetDict)
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Batches without duplicates, or with several rows of a class, where the data set's loss asks for it."""
+        """Batches without duplicates, or with several rows of a class, where the data set's loss asks for it; none of
+        one row, where the loss compares rows."""
         datasets: Any = self.train_dataset
         names = [n for n, d in datasets.items() if d is dataset] if isinstance(datasets, DatasetDict) else []
         name = names[0] if names else next(iter(self.loss.parts))
@@ -111,7 +112,8 @@ class NestedTrainer(SentenceTransformerTrainer):
         if wanted.by_label:
             return batches_by_label(dataset, *args, **options)
         if self.no_duplicates and wanted.rows == "pairs":
-            return batches_without_duplicates(dataset, *args, **options)
+            return WithoutDuplicates(dataset, *args, **options)
+        options["drop_last"] |= leaves_one(len(dataset), options["batch_size"], wanted)
         if self.neighbours and wanted.other_rows and name in self.teachers:
             parts = self.teachers[name].neighbourhoods(max(FEWEST, 2 * options["batch_size"]))
             return NeighbourBatches(dataset, parts, *args, **options)
