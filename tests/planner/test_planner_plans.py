@@ -89,6 +89,23 @@ def test_three_stages_and_cells_at_half_the_width_take_part():
     assert any(text.startswith("192:int8 hnsw(") for text in many)
 
 
+def test_what_a_row_costs_is_measured_over_repeated_vectors(data, tmp_path):
+    rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
+    sample = Sample(tmp_path / "sample", rows[:1000], queries[:100], Target(10, 0.8, 0.9))
+    trial = sample.attempt(Plan.parse("64:binary keep 50 > 64:float32"))
+    vectors = trial.index._current().vectors
+    longer = sample._longer(vectors, 2500)
+    assert longer.end == 2500
+    assert np.array_equal(longer.stored, np.resize(vectors.stored, longer.stored.shape))
+    assert sample.row_ms(trial, 2500) >= 0
+    # Nothing more is to come; nothing is handed on.
+    assert sample.row_ms(trial, 1000) == 0
+    alone = sample.attempt(Plan.parse("64:float32"))
+    assert sample.row_ms(alone, 2500) == 0
+    for opened in (trial, alone):
+        opened.index.close()
+
+
 def test_what_a_further_item_costs_is_measured_over_repeated_codes_and_changes_nothing(data, tmp_path):
     rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
     sample = Sample(tmp_path / "s", rows, queries[:100], Target(10, 0.8, 0.9))

@@ -62,6 +62,21 @@ def test_a_graph_s_power_is_found_again(a, power):
     assert said.ms == pytest.approx(grown(100_000).ms, rel=1e-6)
 
 
+def test_rows_take_longer_once_all_vectors_lie_there():
+    """A row takes 1 us from a cache, up to 3 us more from memory: 2 us more at 4,000 items, 3 us at the 40,000 to come."""
+    more = {1000: 0.0, 2000: 1e-3, 4000: 2e-3, 40_000: 3e-3}
+
+    def read(n):
+        true = at(n)
+        slow = more[n] * true.keep
+        return replace(true, ms=true.ms + slow, after_ms=true.after_ms + slow, row_ms=more[40_000] - more[n])
+
+    sizes = [read(n) for n in (1000, 2000, 4000)]
+    assert predict(sizes, 40_000, graph=False).ms == pytest.approx(read(40_000).ms, rel=0.05)
+    assert predict(sizes, 4000, graph=False).ms == sizes[-1].ms
+    assert held_out(sizes, graph=False) == pytest.approx((0, 0), abs=0.05)
+
+
 def test_one_size_alone_is_taken_to_grow_in_proportion_and_has_no_error():
     said = predict([at(1000)], 10_000, graph=False)
     assert said.keep == pytest.approx(10 * at(1000).keep, abs=1)

@@ -6,7 +6,7 @@ ordering), and the rest of the call. With N items and a first shortlist of n:
     scan  = measured + b (N - measured N)    for flat scans, b measured over the same codes repeated, see `Trial`
             a + b N                          for cells
             a N^b                            for graphs, 0 <= b <= 0.4: log N steps, each dearer once caches are full
-    after = c + d n
+    after = c + d n     with what a row takes more once all vectors to come lie in memory, see `Trial`
     rest  = its median
     n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall, longer by what the promise adds to it
 
@@ -15,7 +15,7 @@ fits a cache takes longer. The error that is reported is of the same lines fitte
 without the largest size, at that size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ class Measured:
     build_s: float
     item_ms: float | None = None
     """What a further item adds to the scan, once the codes are several times as many; None where that is not known."""
+    row_ms: float = 0
+    """What a row that is handed on adds to the later stages, once as many vectors lie there as are to come."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def predict(measured: list[Measured], items: int, graph: bool, margin: float | N
         scan = _line(sizes, scans, float(items))
     else:
         scan = last.scan_ms + last.item_ms * (items - last.items)
-    after = _line(keeps, np.array([m.after_ms for m in measured]), keep)
+    after = _line(keeps, np.array([m.after_ms + m.row_ms * m.keep for m in measured]), keep)
     rest = float(np.median([max(0.0, m.ms - m.scan_ms - m.after_ms) for m in measured]))
     build = sizes * np.log(sizes) if graph else sizes
     at = items * float(np.log(items)) if graph else float(items)
@@ -96,7 +98,9 @@ def held_out(measured: list[Measured], graph: bool) -> tuple[float, float] | Non
     if len(measured) < 3:
         return None
     last = measured[-1]
-    said = predict(measured[:-1], last.items, graph, last.keep / last.least)
+    # What rows take more is of the items to come; up to the last size it is as much less as they take more from there.
+    before = [replace(m, row_ms=max(0.0, m.row_ms - last.row_ms)) for m in measured[:-1]]
+    said = predict(before, last.items, graph, last.keep / last.least)
     return said.ms / last.ms - 1, (said.code_bytes + 1) / (last.code_bytes + 1) - 1
 
 

@@ -10,15 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matryo.core.errors import InputError
+from matryo.core.files import storage_errors
 from matryo.core.plan import Plan, Stage
 from matryo.core.promise import Floats, smallest
 from matryo.index import FolderIndex
 from matryo.index.calibration import ladder_of
 from matryo.index.codes import held_as
 from matryo.index.column import Column
+from matryo.index.rerank import inner_products
 from matryo.index.scans.bounds import NAME as BOUNDS
 from matryo.index.scans.bounds import Bounds
 from matryo.index.scans.flat import flat_index, scan_column
+from matryo.index.vectors import Block, Vectors, row_bytes
 from matryo.planner.scaling import Measured
 
 Float32s = NDArray[np.float32]
@@ -26,7 +29,8 @@ TIMED = 12
 """Queries timed at a time, after which the next plan takes its turn."""
 TURNS = 4
 REPEATED, REPEATED_BYTES = 8, 1 << 28
-"""How many times a sample's codes are repeated at most, and to how many bytes. More copies would tie in a shortlist."""
+"""How many times a sample's codes are repeated at most (more copies would tie in a shortlist), and to how many bytes
+codes and vectors are."""
 FEW = 60
 """Queries that size a shortlist while plans are compared; all of them make the promise, at the end."""
 
@@ -66,6 +70,7 @@ class Sample:
                 part = rows_ND[start : start + 50_000]
                 index.upsert([str(n) for n in range(start, start + len(part))], part)
             exact = index.search(queries_QD, target.k, plan=Plan((Stage(self.full, "float32"),)))
+        self._repeated: Vectors | None = None
         self.edges = np.array([scores[-1] for scores in exact.scores])
 
     def recalls(self, index: FolderIndex, plan: Plan, few: int | None = None) -> Floats:
@@ -159,8 +164,50 @@ class Sample:
         more = float(np.median(times[True]) - np.median(times[False]))
         return max(0.0, more) / (count - column.rows)
 
+    def row_ms(self, trial: Trial, items: int, turns: int = 1) -> float:
+        """Milliseconds that a row of the first shortlist adds to the last stage, once all vectors to come lie there.
+
+        The sample's lie in a cache that all of them would not fit. So they are repeated in a file, up to the items to
+        come or REPEATED_BYTES, and as many rows as the last stage puts in order are read from both, in turns.
+        """
+        snapshot, stages = trial.index._current(), trial.plan.stages
+        first, last = stages[0].keep, stages[-2].keep if len(stages) > 1 else None
+        larger = self._longer(snapshot.vectors, items) if first and last else None
+        if not first or not last or larger is None:
+            return 0.0
+        rng = np.random.default_rng(0)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for turn in range(turns):
+            for long, vectors in ((False, snapshot.vectors), (True, larger)):
+                for n in range(TIMED):
+                    # Evenly spread: a query's rows are anywhere.
+                    rows = (np.arange(last) + rng.random(last)) * (vectors.end / last)
+                    query = self.queries[(turn * TIMED + n) % len(self.queries)]
+                    started = time.perf_counter()
+                    inner_products(vectors, query, rows.astype(np.int64))
+                    if n:  # the first of a turn fills the cache
+                        times[long].append((time.perf_counter() - started) * 1e3)
+        return max(0.0, float(np.median(times[True]) - np.median(times[False]))) / first
+
+    def _longer(self, vectors: Vectors, items: int) -> Vectors | None:
+        """The sample's vectors again and again, mapped as an index maps them; None if no more are to come."""
+        count = min(items, max(2 * vectors.end, REPEATED_BYTES // row_bytes(vectors.store, vectors.width)))
+        if count <= vectors.end:
+            return None
+        if self._repeated is None or self._repeated.end != count:
+            path = self.folder.with_suffix(".repeated")
+            with storage_errors(f"writing {path}"), path.open("wb") as file:
+                for start in range(0, count, vectors.end):
+                    file.write(vectors.stored[: count - start].data)
+            step = vectors.block_rows
+            blocks = [Block(n // step, min(step, count - n), b"") for n in range(0, count, step)]
+            self._repeated = Vectors(path, vectors.store, vectors.width, count, blocks)
+            # Nobody else writes there.
+            self._repeated.verified[:] = self._repeated.all_verified = True
+        return self._repeated
+
     def measured(self, trial: Trial, items: int, turns: int = 1) -> Measured:
-        """The medians of a timed trial, and how its scan grows towards so many items."""
+        """The medians of a timed trial, and how it grows towards so many items."""
         stats: dict[str, Any] = trial.index.stats()
         whole, scan, after = np.array(trial.times).T
         low, middle, high = np.quantile(whole, [0.1, 0.5, 0.9])
@@ -177,6 +224,7 @@ class Sample:
             stats["vector_bytes"],
             trial.build_s,
             self.item_ms(trial, items, turns),
+            self.row_ms(trial, items, turns),
         )
 
     def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:
