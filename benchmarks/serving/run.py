@@ -4,10 +4,10 @@
 
 all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8
 to 200 tokens; ours in float32 (`onnx`) and as `matryo export --onnx OUT --int8 --texts FILE` makes it, judged by the
-demo's descriptions (`int8`). A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend on them)
-likewise, and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on. Servers
-take turns in rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the median of the
-rounds. Processor time is the server's own, user and system, from /proc.
+demo's descriptions (`int8`). A static model (MiniLM's tokeniser, a table of random vectors: its speed does not depend
+on them) likewise, and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on.
+Servers take turns in rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the
+median of the rounds. Processor time is the server's own, user and system, from /proc.
 `--infinity` is a virtual environment that has infinity-emb[server,torch]; without it that server is left out.
 """
 

@@ -63,7 +63,7 @@ def test_a_graph_s_power_is_found_again(a, power):
 
 
 def test_rows_take_longer_once_all_vectors_lie_there():
-    """A row takes 1 us from a cache, up to 3 us more from memory: 2 us more at 4,000 items, 3 us at the 40,000 to come."""
+    """A row takes 1 us from a cache, 2 us more at 4,000 items and 3 us more at the 40,000 to come."""
     more = {1000: 0.0, 2000: 1e-3, 4000: 2e-3, 40_000: 3e-3}
 
     def read(n):
