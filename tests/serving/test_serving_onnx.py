@@ -174,4 +174,11 @@ def test_int8_is_judged_by_neighbours_at_the_narrowest_width(minilm, debian_rows
     found = export_onnx(minilm, tmp_path / "yes", int8=True, texts=texts, floor=0.8)
     assert 0.8 <= found["overlap"] < 1
     assert found["bytes"] < 30e6
+    assert found["float32_products"] == 0
+    # What all of it in int8 does not reach is reached by leaving the second product of every block as it is.
+    part = export_onnx(minilm, tmp_path / "part", int8=True, texts=texts, floor=found["overlap"] + 0.001)
+    assert part["float32_products"] == 6
+    assert part["overlap"] > found["overlap"]
+    assert json.loads((tmp_path / "part" / "onnx.json").read_text())["float32_products"] == 6
+    assert not list((tmp_path / "part").glob("fp32*"))
     assert mt.load(tmp_path / "yes").encode(["mail"]).shape == (1, 384)

@@ -93,5 +93,6 @@ def _server(model: str, onnx: Path, *, int8: bool, **options: Any) -> tuple[dict
     size, most = f"{found['bytes'] / 1e6:.1f} MB", f"{found['difference']:.1e}"
     lines = [f"{onnx}: {size}, {found['precision']}; vectors at full precision differ by {most} at most"]
     if int8:
-        lines.append(f"int8 keeps {found['overlap']:.3f} of the 10 nearest neighbours at width {found['width']}")
+        left = f", {found['float32_products']} products left in float32" if found["float32_products"] else ""
+        lines.append(f"int8 keeps {found['overlap']:.3f} of the 10 nearest neighbours at width {found['width']}{left}")
     return found, lines

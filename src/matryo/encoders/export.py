@@ -40,12 +40,14 @@ def export_onnx(
     Args:
         name: a sentence-transformers folder or hub name.
         out: a folder that does not exist yet. It appears whole or not at all.
-        int8: quantise the weights, per channel. Refused if neighbours change too much at the smallest trained width.
+        int8: quantise the weights, per channel. Where neighbours change too much at the smallest trained width, the
+            products that narrow stay float32; refused if they still do.
         texts: what to judge int8 by: texts like those to be served, a few hundred.
         floor: for int8, the least mean share of each text's 10 nearest neighbours that must stay.
 
     Returns:
-        What was measured: `difference` (largest, of unit vectors), `bytes`, and for int8 `overlap` and `width`.
+        What was measured: `difference` (largest, of unit vectors), `bytes`, and for int8 `overlap`, `width` and
+        `float32_products`, how many were left.
 
     Raises:
         InputError: the model is static already, cannot be exported as it is, or its export differs.
@@ -83,7 +85,7 @@ def export_onnx(
             found = {"difference": _difference(model.encoder, plain), "precision": "fp32"}
             if int8:
                 widths = model.nesting.widths if model.nesting else (model.width,)
-                found |= _quantise(temporary, about, plain, texts, widths[0], floor)
+                found |= _quantise(temporary, plain, texts, widths[0], floor)
             fsync_folder(temporary)
             os.rename(temporary, out)
             fsync_folder(out.parent)
@@ -167,26 +169,42 @@ def _difference(before: Any, after: OnnxEncoder) -> float:
     return most
 
 
-def _quantise(
-    folder: Path, about: dict[str, Any], plain: OnnxEncoder, texts: Sequence[str], width: int, floor: float
-) -> dict[str, Any]:
-    """Put int8 weights in the place of the others, if the neighbours of texts stay at the narrowest width."""
+def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int, floor: float) -> dict[str, Any]:
+    """Put int8 weights in the place of the others, if the neighbours of texts stay at the narrowest width.
+
+    Where they do not, the products that narrow stay as they are: what a feed-forward block's second one takes has the
+    longest tail, and one step for all of it is too coarse.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    expected = truncate(plain.vectors(list(texts)), width)
-    quantised = folder / f"int8.{MODEL}"
-    quantize_dynamic(str(folder / MODEL), str(quantised), per_channel=True, weight_type=QuantType.QInt8)
-    os.replace(quantised, folder / MODEL)
-    told = json.loads((folder / ABOUT).read_text()) | {"precision": "int8"}
-    told["files"][MODEL] = digest(folder / MODEL)
-    write_text(folder / ABOUT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    share = overlap(expected, truncate(OnnxEncoder.load(folder).vectors(list(texts)), width))
-    if share < floor:
-        raise InputError(
-            f"int8 keeps {share:.3f} of the 10 nearest neighbours at width {width}, below {floor}; export without "
-            "int8, or serve larger widths only and lower --floor knowingly"
+    expected, shares = truncate(plain.vectors(list(texts)), width), []
+    traced, source = folder / f"fp32.{MODEL}", json.loads((folder / ABOUT).read_text())
+    os.replace(folder / MODEL, traced)
+    narrowing = _narrowing(traced)
+    for left in ([], narrowing) if narrowing else ([],):
+        quantize_dynamic(
+            str(traced), str(folder / MODEL), per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=left
         )
-    return {"precision": "int8", "overlap": share, "width": width}
+        told = source | {"precision": "int8", "float32_products": len(left)}
+        told["files"] = source["files"] | {MODEL: digest(folder / MODEL)}
+        write_text(folder / ABOUT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        shares.append(overlap(expected, truncate(OnnxEncoder.load(folder).vectors(list(texts)), width)))
+        if shares[-1] >= floor:
+            traced.unlink()
+            return {"precision": "int8", "overlap": shares[-1], "width": width, "float32_products": len(left)}
+    raise InputError(
+        f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}; export without "
+        "int8, or serve larger widths only and lower --floor knowingly"
+    )
+
+
+def _narrowing(path: Path) -> list[str]:
+    """Names of the products whose weights have more rows than columns."""
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    narrow = {weight.name for weight in graph.initializer if len(weight.dims) == 2 and weight.dims[0] > weight.dims[1]}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and narrow & {*node.input}]
 
 
 def overlap(one_ND: Float32s, other_ND: Float32s, k: int = 10) -> float:
