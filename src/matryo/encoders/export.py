@@ -41,7 +41,7 @@ def export_onnx(
         name: a sentence-transformers folder or hub name.
         out: a folder that does not exist yet. It appears whole or not at all.
         int8: quantise the weights, per channel. Where neighbours change too much at the smallest trained width, the
-            products that narrow stay float32; refused if they still do.
+            products that narrow stay float32, as few as do, the first layers' first; refused if all are too few.
         texts: what to judge int8 by: texts like those to be served, a few hundred.
         floor: for int8, the least mean share of each text's 10 nearest neighbours that must stay.
 
@@ -172,8 +172,9 @@ def _difference(before: Any, after: OnnxEncoder) -> float:
 def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int, floor: float) -> dict[str, Any]:
     """Put int8 weights in the place of the others, if the neighbours of texts stay at the narrowest width.
 
-    Where they do not, the products that narrow stay as they are: what a feed-forward block's second one takes has the
-    longest tail, and one step for all of it is too coarse.
+    Where they do not, products that narrow stay as they are, from the first layer on and no more than it takes: what a
+    feed-forward block's second one takes has the longest tail, one step for all of it is coarse, and what the first
+    layers lose every later one works with.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -181,7 +182,8 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
     traced, source = folder / f"fp32.{MODEL}", json.loads((folder / ABOUT).read_text())
     os.replace(folder / MODEL, traced)
     narrowing = _narrowing(traced)
-    for left in ([], narrowing) if narrowing else ([],):
+    for count in _doubling(len(narrowing)):
+        left = narrowing[:count]
         quantize_dynamic(
             str(traced), str(folder / MODEL), per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=left
         )
@@ -198,8 +200,13 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
     )
 
 
+def _doubling(most: int) -> list[int]:
+    """0, 1, 2, 4 and so on, and the most."""
+    return sorted({0, *(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
+
+
 def _narrowing(path: Path) -> list[str]:
-    """Names of the products whose weights have more rows than columns."""
+    """Names of the products whose weights have more rows than columns, the first layer's first."""
     import onnx
 
     graph = onnx.load(str(path)).graph
