@@ -96,6 +96,9 @@ def test_where_a_further_item_was_timed_the_scan_grows_by_that():
     plain = predict([at(n) for n in (1000, 2000, 4000)], 20_000, graph=False)
     # `at` grows by 1e-5 an item; 16,000 items more at 2e-5 more each.
     assert said.ms - plain.ms == pytest.approx(16_000 * 2e-5, rel=1e-6)
+    # A longer shortlist takes longer to choose.
+    longer = predict([replace(m, kept_ms=1e-4) for m in sizes], 20_000, graph=False)
+    assert longer.ms - said.ms == pytest.approx((said.keep - sizes[-1].keep) * 1e-4, rel=0.01)
     # At the sizes that were measured nothing changes.
     assert predict(sizes, 4000, graph=False).ms == sizes[-1].ms
 

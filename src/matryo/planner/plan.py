@@ -123,8 +123,8 @@ def plan(
         "candidates": run.started,
         "asked": "held-out items as queries" if held else f"new queries like the {len(asked)} given",
         "memory": limit, "latency": most, "budget": seconds, "seconds": round(time.perf_counter() - started, 2),
-        "model": "ms = scan (measured + b N, b over repeated codes; cells a + b N, graphs a N^b) + after (c + d "
-                 "shortlist) + rest; shortlist ~ N^f",
+        "model": "ms = scan (measured + b N + g shortlist, b and g over repeated codes; cells a + b N, graphs a N^b) + "
+                 "after (c + d shortlist, d over repeated vectors) + rest; shortlist ~ N^f",
     }  # fmt: skip
     return _settled(found, run.rejected, limit, most, (alone, reranked), facts)
 

@@ -3,10 +3,11 @@
 A search is three parts, each measured by itself: the first stage's scan, what comes after it (reranks and the last
 ordering), and the rest of the call. With N items and a first shortlist of n:
 
-    scan  = measured + b (N - measured N)    for flat scans, b measured over the same codes repeated, see `Trial`
+    scan  = measured + b (N - measured N) + g (n - measured n)
+                                for flat scans, b and g measured over the same codes repeated, see `Sample`
             a + b N                          for cells
             a N^b                            for graphs, 0 <= b <= 0.4: log N steps, each dearer once caches are full
-    after = c + d n     with what a row takes more once all vectors to come lie in memory, see `Trial`
+    after = c + d n     with what a row takes more once all vectors to come lie in memory, see `Sample`
     rest  = its median
     n     = e N^f       0 <= f <= 1: the shortlist that keeps the recall, longer by what the promise adds to it
 
@@ -45,6 +46,8 @@ class Measured:
     """What a further item adds to the scan, once the codes are several times as many; None where that is not known."""
     row_ms: float = 0
     """What a row that is handed on adds to the later stages, once as many vectors lie there as are to come."""
+    kept_ms: float = 0
+    """What one more row to hand on adds to the scan, where `item_ms` is known."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def predict(measured: list[Measured], items: int, graph: bool, margin: float | N
     elif last.item_ms is None or items < last.items:
         scan = _line(sizes, scans, float(items))
     else:
-        scan = last.scan_ms + last.item_ms * (items - last.items)
+        scan = last.scan_ms + last.item_ms * (items - last.items) + last.kept_ms * (keep - last.keep)
     after = _line(keeps, np.array([m.after_ms + m.row_ms * m.keep for m in measured]), keep)
     rest = float(np.median([max(0.0, m.ms - m.scan_ms - m.after_ms) for m in measured]))
     build = sizes * np.log(sizes) if graph else sizes

@@ -129,8 +129,9 @@ class Sample:
                     first, *later = [stage.milliseconds for stage in hits.explanation or ()]
                     trial.times.append((took, first, sum(later)))
 
-    def item_ms(self, trial: Trial, items: int, turns: int = 1) -> float | None:
-        """Milliseconds that a further item adds to a flat scan; None for what is not a flat scan of a column.
+    def scan_growth(self, trial: Trial, items: int, turns: int = 1) -> tuple[float, float] | None:
+        """Milliseconds that a further item adds to a flat scan, and a further row of its shortlist; None for what is
+        not a flat scan of a column.
 
         The sample's codes lie in a cache that those of all items would not fit. So they are repeated, up to the items
         to come or REPEATED times or REPEATED_BYTES, and scanned beside the sample's own, in turns.
@@ -148,21 +149,23 @@ class Sample:
             return None
         larger = column.repeated(count)
         keep = first.keep or 4 * self.target.k + 64
-        times: dict[bool, list[float]] = {False: [], True: []}
+        sides = {"sample": (column, keep), "longer": (larger, keep), "more": (larger, min(2 * keep, count))}
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(turns):
-            for long, over in ((False, column), (True, larger)):
+            for name, (over, wanted) in sides.items():
                 for n in range(TIMED):
                     query = self.queries[None, (turn * TIMED + n) % len(self.queries)]
                     asked = column.codec.queries(query) if isinstance(column.codec, Bounds) else query
                     started = time.perf_counter()
                     if exact:
-                        flat_index(over, over.rows).search(asked, keep)
+                        flat_index(over, over.rows).search(asked, wanted)
                     else:
-                        scan_column(over, asked, keep, over.rows, None)
+                        scan_column(over, asked, wanted, over.rows, None)
                     if n:  # the first of a turn fills the cache
-                        times[long].append((time.perf_counter() - started) * 1e3)
-        more = float(np.median(times[True]) - np.median(times[False]))
-        return max(0.0, more) / (count - column.rows)
+                        times[name].append((time.perf_counter() - started) * 1e3)
+        here, longer, more = (float(np.median(found)) for found in times.values())
+        kept = sides["more"][1] - keep
+        return max(0.0, longer - here) / (count - column.rows), max(0.0, more - longer) / kept if kept else 0.0
 
     def row_ms(self, trial: Trial, items: int, turns: int = 1) -> float:
         """Milliseconds that a row of the first shortlist adds to the last stage, once all vectors to come lie there.
@@ -211,6 +214,7 @@ class Sample:
         stats: dict[str, Any] = trial.index.stats()
         whole, scan, after = np.array(trial.times).T
         low, middle, high = np.quantile(whole, [0.1, 0.5, 0.9])
+        item_ms, kept_ms = self.scan_growth(trial, items, turns) or (None, 0.0)
         return Measured(
             self.count,
             trial.plan.stages[0].keep or self.target.k,
@@ -223,8 +227,9 @@ class Sample:
             sum(stats["codes"].values()),
             stats["vector_bytes"],
             trial.build_s,
-            self.item_ms(trial, items, turns),
+            item_ms,
             self.row_ms(trial, items, turns),
+            kept_ms,
         )
 
     def enough_width(self, widths: Sequence[int], rerank: int | None) -> int | None:
