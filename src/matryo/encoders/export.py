@@ -195,8 +195,9 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
             traced.unlink()
             return {"precision": "int8", "overlap": shares[-1], "width": width, "float32_products": len(left)}
     raise InputError(
-        f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}; export without "
-        "int8, or serve larger widths only and lower --floor knowingly"
+        f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}, with up to "
+        f"{len(narrowing)} products left in float32; export without int8, or serve larger widths only and lower "
+        "--floor knowingly"
     )
 
 

@@ -168,14 +168,16 @@ class _Cached(torch.autograd.Function):
             last = place == places[-1]
             with nullcontext() if last else _no_reduction(tape.model), torch.enable_grad():
                 rows = [tape.embed(column, n)]
-                parts = [grads[column][slice(*tape.ranges[column][n])]]  # type: ignore[index]
+                grad = grads[column]
+                assert grad is not None, "columns without a gradient have no places"
+                parts = [grad[slice(*tape.ranges[column][n])]]
                 if last:
                     for other in _companions(tape, column):
                         rows.append(other)
                         parts.append(torch.zeros_like(other))
                 pairs = [(r, g) for r, g in zip(rows, parts, strict=True) if r.requires_grad]
                 if pairs:
-                    torch.autograd.backward(*zip(*pairs, strict=True))
+                    torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
         return None, None
 
 

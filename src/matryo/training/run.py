@@ -242,10 +242,10 @@ class _Run:
         optimizers: Any = (None, None)
         if self.static:
             make_row_sparse(self.model)
-            groups = [{"params": list(self.model.parameters())}]
+            groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
             extra = list(self.objective.losses.parameters())
             if extra:
-                groups.append({"params": extra, "lr": config.head_rate(True)})  # type: ignore[dict-item]
+                groups.append({"params": extra, "lr": config.head_rate(True)})
             optimizers = (RowAdam(groups, lr=config.rate(True)), None)
         trainer = NestedTrainer(
             model=self.model,
