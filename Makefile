@@ -65,6 +65,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/bulk/run.py --smoke
 	$(BIN)/python benchmarks/images/throughput.py --steps 7
 	$(BIN)/python benchmarks/serving/run.py --smoke
+	$(BIN)/python benchmarks/serving/int8.py --smoke
 	$(BIN)/python benchmarks/serving/page.py --smoke
 
 bench: setup ## every benchmark at its full size; about half an hour on two cores

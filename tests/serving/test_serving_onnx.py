@@ -8,7 +8,9 @@ import pytest
 
 import matryo as mt
 from matryo.core.errors import DamagedError, FormatError, InputError
+from matryo.core.files import digest
 from matryo.encoders.export import _doubling, export_onnx, overlap
+from matryo.encoders.int8 import quantise
 from matryo.serving import Settings
 from matryo.serving.engines import choose
 
@@ -167,6 +169,20 @@ def test_overlap_of_neighbours():
     rows = np.eye(30, dtype=np.float32) + np.random.default_rng(0).random((30, 30), dtype=np.float32)
     assert overlap(rows, rows) == 1
     assert overlap(rows, rows[::-1].copy()) < 0.6
+
+
+def test_int8_vectors_do_not_depend_on_their_batch(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "int8")
+    quantise(exported / "model.onnx", folder / "model.onnx")
+    about = json.loads((folder / "onnx.json").read_text())
+    about["files"]["model.onnx"] = digest(folder / "model.onnx")
+    (folder / "onnx.json").write_text(json.dumps(about))
+    model, texts = mt.load(folder), TEXTS * 4
+    alone = model.encode(texts, batch_size=1)
+    for size in (2, 3, 20):
+        np.testing.assert_allclose(model.encode(texts, batch_size=size), alone, atol=1e-6)
+    cosines = (alone * mt.load(exported).encode(texts)).sum(axis=1)
+    assert 0.98 < cosines.min() < 1 - 1e-5
 
 
 @pytest.mark.slow

@@ -176,17 +176,15 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
     feed-forward block's second one takes has the longest tail, one step for all of it is coarse, and what the first
     layers lose every later one works with.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from matryo.encoders.int8 import narrowing, quantise
 
     expected, shares = truncate(plain.vectors(list(texts)), width), []
     traced, source = folder / f"fp32.{MODEL}", json.loads((folder / ABOUT).read_text())
     os.replace(folder / MODEL, traced)
-    narrowing = _narrowing(traced)
-    for count in _doubling(len(narrowing)):
-        left = narrowing[:count]
-        quantize_dynamic(
-            str(traced), str(folder / MODEL), per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=left
-        )
+    narrow = narrowing(traced)
+    for count in _doubling(len(narrow)):
+        left = narrow[:count]
+        quantise(traced, folder / MODEL, leave=left)
         told = source | {"precision": "int8", "float32_products": len(left)}
         told["files"] = source["files"] | {MODEL: digest(folder / MODEL)}
         write_text(folder / ABOUT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
@@ -196,7 +194,7 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
             return {"precision": "int8", "overlap": shares[-1], "width": width, "float32_products": len(left)}
     raise InputError(
         f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}, with up to "
-        f"{len(narrowing)} products left in float32; export without int8, or serve larger widths only and lower "
+        f"{len(narrow)} products left in float32; export without int8, or serve larger widths only and lower "
         "--floor knowingly"
     )
 
@@ -204,15 +202,6 @@ def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int
 def _doubling(most: int) -> list[int]:
     """0, 1, 2, 4 and so on, and the most."""
     return sorted({0, *(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
-
-
-def _narrowing(path: Path) -> list[str]:
-    """Names of the products whose weights have more rows than columns, the first layer's first."""
-    import onnx
-
-    graph = onnx.load(str(path)).graph
-    narrow = {weight.name for weight in graph.initializer if len(weight.dims) == 2 and weight.dims[0] > weight.dims[1]}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and narrow & {*node.input}]
 
 
 def overlap(one_ND: Float32s, other_ND: Float32s, k: int = 10) -> float:

@@ -18,6 +18,7 @@ from matryo.core.prefix import check_width, truncate
 from matryo.encoders import Model, load
 from matryo.encoders.export import SAMPLE, export_onnx, overlap
 from matryo.encoders.folder import fingerprint
+from matryo.encoders.int8 import quantise
 from matryo.encoders.onnx import MODEL, TOKENIZER, OnnxEncoder, read_about
 from matryo.encoders.static import StaticEncoder
 
@@ -38,7 +39,7 @@ def export_edge(
     """Write a model at one width so that it runs on numpy and tokenizers, and on onnxruntime if it is a transformer.
 
     A static model's table is cut and stored in the code, int8 with one scale a row. A transformer's graph gets the cut
-    and the normalisation, and for int8 its weights are quantised per channel. The vectors have length 1 either way.
+    and the normalisation, and for int8 its products are of integers. The vectors have length 1 either way.
 
     Args:
         name: a static model's folder, a sentence-transformers folder or hub name, or an export to ONNX (fp32).
@@ -159,14 +160,6 @@ def _cut(source: Path, target: Path, width: int) -> None:
     onnx.save(graph, str(target))
 
 
-def _quantise(path: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantised = path.with_name(f"int8.{path.name}")
-    quantize_dynamic(str(path), str(quantised), per_channel=True, weight_type=QuantType.QInt8)
-    os.replace(quantised, path)
-
-
 def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str], floor: float) -> dict[str, Any]:
     """`about` with size, speed and quality, the vectors compared with the model's own on every text."""
     static, width, code = about["kind"] == "static", about["width"], about["code"]
@@ -176,7 +169,10 @@ def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str
     prefix = truncate(full, width)
     if not static and code == "int8":
         _compare(embed(judged, folder), prefix, "float32")  # the cut itself is right
-        _quantise(folder / MODEL)
+        cut = folder / f"fp32.{MODEL}"
+        os.replace(folder / MODEL, cut)
+        quantise(cut, folder / MODEL)
+        cut.unlink()
         _reopen(static)
     embed(judged[:1], folder)  # opens the files
     began = time.process_time()
