@@ -100,7 +100,7 @@ class Ladder(NamedTuple):
 
 def tables(index: Index, base: np.ndarray, queries: np.ndarray, plan: Plan) -> tuple[Ladder, Ladder]:
     """The ladder of one length for all queries, and the one in which each stops by itself."""
-    view = View(index._current())
+    view = View(index.snapshot())
     found = recalls_of(view, queries, K)
     rng = np.random.default_rng(SEED)
     stop = stopping(view, base[np.sort(rng.permutation(len(base))[:PROFILED])], plan, K, len(base))

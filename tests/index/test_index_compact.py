@@ -130,11 +130,11 @@ def test_the_codes_of_a_new_generation_are_there_when_it_begins(tmp_path, monkey
     with Index.open(tmp_path / "i") as index:
         index.search(rows(1), plan="16:int8 keep 50 > 64:float32")
         index.compact()
-        assert set(index._current().codes.loaded()) == {(32, "binary"), (64, "int8"), (16, "int8")}
+        assert set(index.snapshot().codes.loaded()) == {(32, "binary"), (64, "int8"), (16, "int8")}
     with Index.open(tmp_path / "i", read_only=True) as index:
         monkeypatch.setattr("matryo.index.codes.Column.extend", lambda *_: None)  # only files may fill a column
         assert len(index.search(rows(1), k=5).ids[0]) == 5
-        assert set(index._current().codes.manifest) == {
+        assert set(index.snapshot().codes.manifest) == {
             f"2-{name}.safetensors" for name in ("32-binary", "64-int8", "16-int8")
         }
 

@@ -14,7 +14,7 @@ from matryo.index.vectors import STORES, Vectors, floats
 def stored(folder, base: np.ndarray, store: str) -> Vectors:
     with Index.create(folder, width=base.shape[1], store=store) as index:
         index.upsert(names(len(base)), base)
-        return index._current().vectors
+        return index.snapshot().vectors
 
 
 @pytest.fixture(scope="module", params=list(STORES))
@@ -64,7 +64,7 @@ def test_the_widest_and_flattest_row_and_tiny_numbers_stay(tmp_path):
         assert index.search(flat, k=1).ids == [["flat"]]
         assert index.search(flat, k=1).scores[0][0] == pytest.approx(1, abs=5e-4)
         assert index.search(peak, k=1).scores[0][0] == pytest.approx(1, abs=5e-4)
-        assert 0 < index._current().vectors.stored[1, 9] < 2e-7
+        assert 0 < index.snapshot().vectors.stored[1, 9] < 2e-7
 
 
 def test_converting_by_blocks_is_converting(vectors):

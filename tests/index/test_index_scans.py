@@ -103,7 +103,7 @@ def scanned(index: Index, plan: str, queries: np.ndarray, mask: np.ndarray) -> l
     from matryo.index.snapshot import View
 
     stage = Plan.parse(plan).stages[0]
-    snapshot = index._current()
+    snapshot = index.snapshot()
     return rows_of(View(snapshot, Allowed(mask)).scan(stage, unit(queries).astype(np.float32), stage.keep))
 
 

@@ -16,6 +16,7 @@ import matryo as mt
 from matryo.core.errors import InputError, MissingExtraError
 from matryo.core.plan import Plan, Stage
 from matryo.index.funnel import check_plan
+from matryo.index.scans.bounds import NAME as BOUNDS
 from matryo.planner.candidates import candidates, halves, least_bytes
 from matryo.planner.trial import Sample, Target
 
@@ -91,9 +92,9 @@ def test_three_stages_and_cells_at_half_the_width_take_part():
 
 def test_what_a_row_costs_is_measured_over_repeated_vectors(data, tmp_path):
     rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
-    sample = Sample(tmp_path / "sample", rows[:1000], queries[:100], Target(10, 0.8, 0.9))
+    sample = Sample(tmp_path / "sample", rows[:1000], queries[:100], Target(10, 0.8, 0.9), 1000)
     trial = sample.attempt(Plan.parse("64:binary keep 50 > 64:float32"))
-    vectors = trial.index._current().vectors
+    vectors = trial.index.snapshot().vectors
     longer = sample._longer(vectors, 2500)
     assert longer.end == 2500
     assert np.array_equal(longer.stored, np.resize(vectors.stored, longer.stored.shape))
@@ -106,9 +107,21 @@ def test_what_a_row_costs_is_measured_over_repeated_vectors(data, tmp_path):
         opened.index.close()
 
 
+def test_exact_search_goes_by_bounds_on_a_sample_if_it_will_at_the_items_to_come(data, tmp_path):
+    rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
+    exact = Plan.parse("64:float32")
+    for items, derived in ((len(rows), set()), (1 << 17, {(64, BOUNDS)})):
+        sample = Sample(tmp_path / str(items), rows, queries[:100], Target(10, 0.8, 0.9), items)
+        trial = sample.attempt(exact)
+        assert set(trial.index.snapshot().codes.loaded()) == derived
+        assert sample.recalls(trial.index, exact).min() == 1
+        assert (sample.scan_growth(trial, items) is None) == (not derived)
+        trial.index.close()
+
+
 def test_what_a_further_item_costs_is_measured_over_repeated_codes_and_changes_nothing(data, tmp_path):
     rows, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in data)
-    sample = Sample(tmp_path / "s", rows, queries[:100], Target(10, 0.8, 0.9))
+    sample = Sample(tmp_path / "s", rows, queries[:100], Target(10, 0.8, 0.9), 1000)
     for text in ("64:binary keep 100 > 64:float32", "32:int8 keep 60 > 64:float32", "16:float32 keep 60 > 64:float32"):
         trial = sample.attempt(Plan.parse(text))
         before = trial.index.search(queries[0], plan=trial.plan)

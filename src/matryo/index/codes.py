@@ -33,6 +33,11 @@ IN_PLACE = ("float32", "float16", "bfloat16", "int8", "binary")
 """Codes whose flat scan reads the column itself; the others are packed for it."""
 
 
+def by_bounds(width: int, items: int) -> bool:
+    """Whether exact search of so many items goes by bounds."""
+    return width >= BOUNDS_WIDTH and items * width >= BOUNDS_FROM
+
+
 @lru_cache(maxsize=1024)
 def held_as(stage: Stage, first: bool) -> str:
     """The name of what a stage needs: a first stage scans, a later one scores rows."""
@@ -62,7 +67,8 @@ class CodeStore:
         self, query_D: Float32s, n: int, vectors: Vectors, allowed: Allowed | None, exact: Callable[[Rows], Float32s]
     ) -> Rows | None:
         """Every row that may be one of the n best of the full width, or None where scoring all is as quick."""
-        if vectors.width < BOUNDS_WIDTH or vectors.end * vectors.width < BOUNDS_FROM or n * 64 > vectors.end:
+        derived = (vectors.width, BOUNDS) in self._columns
+        if n * 64 > vectors.end or not (derived or by_bounds(vectors.width, vectors.end)):
             return None
         return exact_rows(self.column(vectors.width, BOUNDS, vectors), query_D, n, vectors.end, allowed, exact)
 

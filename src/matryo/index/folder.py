@@ -154,7 +154,7 @@ class FolderIndex(Index):
             return 0
         chunks = unit_chunks(rows) if keys else iter(())
         with self._writing:
-            writer.upsert(self._current(), keys, chunks, texts, fields, source)
+            writer.upsert(self.snapshot(), keys, chunks, texts, fields, source)
         return len(keys)
 
     def extend(self, batches: Iterable[Batch], source: str | None = None) -> int:
@@ -180,7 +180,7 @@ class FolderIndex(Index):
         writer = self._writable()
         keys = read_ids(ids)
         with self._writing:
-            return writer.delete(self._current(), keys)
+            return writer.delete(self.snapshot(), keys)
 
     def search(
         self,
@@ -269,7 +269,7 @@ class FolderIndex(Index):
         self._prepare(snapshot, chosen)
         promise = calibration.calibrated(snapshot, unit, chosen, k, recall, confidence)
         with self._lock:
-            writer.promise(self._current(), promise)
+            writer.promise(self.snapshot(), promise)
         return promise
 
     def stats(self) -> dict[str, Any]:
@@ -315,7 +315,7 @@ class FolderIndex(Index):
         """
         writer = self._writable()
         with self._writing:
-            before = self._current()
+            before = self.snapshot()
             fresh = writer.compact(before, before.state.store if store is None else check_store(store))
             with self._lock:
                 if self._seen[1].state.seq <= fresh.state.seq:
@@ -370,7 +370,8 @@ class FolderIndex(Index):
                     return
         raise StorageError(f"{self._folder}: compacted away again and again while being read")
 
-    def _current(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """What a search of now would see: for what measures an index from beneath. Not for keeping."""
         with self._reading() as (_, snapshot):
             return snapshot
 

@@ -216,7 +216,7 @@ class _Run:
             # The next size takes up to GROWTH times as long a plan, much less while calls outweigh scans.
             if self.sizes and began + 1.3 * spent * len(alive) > self.deadline:
                 break
-            sample = Sample(self.folder / str(count), self.all_rows[:count], self.queries, self.target)
+            sample = Sample(self.folder / str(count), self.all_rows[:count], self.queries, self.target, self.items)
             known = len(self.rejected)
             done = self._one_size(sample, alive)
             if not done:
@@ -254,7 +254,7 @@ class _Run:
             done.append((name_of(plan), trial))
         sample.time([trial for _, trial in done])
         for name, trial in done:
-            self.history.setdefault(name, []).append(sample.measured(trial, self.items))
+            self.history.setdefault(name, []).append(sample.measured(trial))
         return done
 
     def _expected(self, plan: Plan, count: int) -> int | None:
@@ -285,7 +285,7 @@ class _Run:
         self.finished = kept
         self.sample.time([trial for _, trial in kept])
         for name, trial in kept:
-            self.history[name][-1] = self.sample.measured(trial, self.items, TURNS)
+            self.history[name][-1] = self.sample.measured(trial, TURNS)
 
     def _survivors(self) -> list[Plan]:
         """The better half by how far each is beaten at the size to come, and all that are not clearly beaten.

@@ -15,7 +15,7 @@ from matryo.core.plan import Plan, Stage
 from matryo.core.promise import Floats, smallest
 from matryo.index import FolderIndex
 from matryo.index.calibration import ladder_of
-from matryo.index.codes import held_as
+from matryo.index.codes import by_bounds, held_as
 from matryo.index.column import Column
 from matryo.index.rerank import inner_products
 from matryo.index.scans.bounds import NAME as BOUNDS
@@ -60,10 +60,14 @@ class Trial:
 
 
 class Sample:
-    """The first `count` rows of the shuffled vectors in an index of their own, and the exact answers' k-th scores."""
+    """The first `count` rows of the shuffled vectors in an index of their own, and the exact answers' k-th scores.
 
-    def __init__(self, folder: Path, rows_ND: Float32s, queries_QD: Float32s, target: Target) -> None:
+    It stands for so many `items`: exact search goes by bounds here if it will there.
+    """
+
+    def __init__(self, folder: Path, rows_ND: Float32s, queries_QD: Float32s, target: Target, items: int) -> None:
         self.folder, self.queries, self.target, self.count = folder, queries_QD, target, len(rows_ND)
+        self.items = items
         self.full = rows_ND.shape[1]
         with FolderIndex.create(folder, width=self.full, plan=f"{self.full}:float32") as index:
             for start in range(0, self.count, 50_000):
@@ -88,6 +92,9 @@ class Sample:
         try:
             started = time.perf_counter()
             index.prepare(plan)
+            if plan.stages[0] == Stage(self.full, "float32") and by_bounds(self.full, self.items):
+                snapshot = index.snapshot()
+                snapshot.codes.prepare(self.full, BOUNDS, snapshot.vectors)
             index.search(self.queries[0], self.target.k, plan=plan)
             build_s = time.perf_counter() - started
             ladder = ladder_of(plan, self.target.k, self.count, self.full)
@@ -136,7 +143,7 @@ class Sample:
         The sample's codes lie in a cache that those of all items would not fit. So they are repeated, up to the items
         to come or REPEATED times or REPEATED_BYTES, and scanned beside the sample's own, in turns.
         """
-        snapshot = trial.index._current()
+        snapshot = trial.index.snapshot()
         first = trial.plan.stages[0]
         exact = first == Stage(self.full, "float32")
         column = snapshot.codes.loaded().get((first.width, BOUNDS if exact else held_as(first, first=True)))
@@ -173,7 +180,7 @@ class Sample:
         The sample's lie in a cache that all of them would not fit. So they are repeated in a file, up to the items to
         come or REPEATED_BYTES, and as many rows as the last stage puts in order are read from both, in turns.
         """
-        snapshot, stages = trial.index._current(), trial.plan.stages
+        snapshot, stages = trial.index.snapshot(), trial.plan.stages
         first, last = stages[0].keep, stages[-2].keep if len(stages) > 1 else None
         larger = self._longer(snapshot.vectors, items) if first and last else None
         if not first or not last or larger is None:
@@ -209,12 +216,12 @@ class Sample:
             self._repeated.verified[:] = self._repeated.all_verified = True
         return self._repeated
 
-    def measured(self, trial: Trial, items: int, turns: int = 1) -> Measured:
-        """The medians of a timed trial, and how it grows towards so many items."""
+    def measured(self, trial: Trial, turns: int = 1) -> Measured:
+        """The medians of a timed trial, and how it grows towards the items to come."""
         stats: dict[str, Any] = trial.index.stats()
         whole, scan, after = np.array(trial.times).T
         low, middle, high = np.quantile(whole, [0.1, 0.5, 0.9])
-        item_ms, kept_ms = self.scan_growth(trial, items, turns) or (None, 0.0)
+        item_ms, kept_ms = self.scan_growth(trial, self.items, turns) or (None, 0.0)
         return Measured(
             self.count,
             trial.plan.stages[0].keep or self.target.k,
@@ -228,7 +235,7 @@ class Sample:
             stats["vector_bytes"],
             trial.build_s,
             item_ms,
-            self.row_ms(trial, items, turns),
+            self.row_ms(trial, self.items, turns),
             kept_ms,
         )
 
