@@ -112,8 +112,8 @@ def test_hamming_in_pieces_is_hamming(width):
     column.extend(Stored(base), 30)
     column.extend(Stored(base), 50)
     slow = ((queries[:, None] > 0) != (base[None] > 0)).sum(-1)
-    np.testing.assert_array_equal(column.costs(queries, 50), slow)
-    np.testing.assert_array_equal(column.costs(queries, 20), slow[:, :20])
+    np.testing.assert_array_equal(column.costs(queries)(0, 50), slow)
+    np.testing.assert_array_equal(column.costs(queries)(10, 30), slow[:, 10:30])
     signs = np.where(base > 0, 1, -1) / np.sqrt(width)
     np.testing.assert_allclose(column.scores(queries[0], np.array([3, 47])), signs[[3, 47]] @ queries[0], rtol=1e-4)
 
@@ -125,8 +125,8 @@ def test_costs_are_minus_the_scores_of_decoded_codes(name):
     column.extend(Stored(base), 300)
     for q in range(2):
         scores = column.scores(queries[q], np.arange(300))
-        np.testing.assert_allclose(-column.costs(queries, 300)[q], scores, atol=1e-5)
-        np.testing.assert_allclose(-column.costs(queries[q : q + 1], 300)[0], scores, atol=1e-5)
+        np.testing.assert_allclose(-column.costs(queries)(0, 300)[q], scores, atol=1e-5)
+        np.testing.assert_allclose(-column.costs(queries[q : q + 1])(0, 300)[0], scores, atol=1e-5)
 
 
 def test_a_rows_score_does_not_depend_on_its_company():

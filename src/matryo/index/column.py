@@ -4,7 +4,9 @@ Its codec was fitted on the prefixes of the stored vectors; when the rows have d
 scale is fitted again.
 """
 
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -111,21 +113,25 @@ class Column:
         """Bytes in memory."""
         return sum(part.nbytes for part in self.parts)
 
-    def costs(self, queries_QD: Float32s, end: int, hamming_of_bits: bool = True) -> NDArray[Any]:
-        """(Q, R) costs of rows first:end, lower is better: minus products (float32); of bits Hamming distances (int32),
-        unless the float query is to meet the bits.
+    def costs(self, queries_QD: Float32s, hamming_of_bits: bool = True) -> Callable[[int, int], NDArray[Any]]:
+        """What gives (Q, R) costs of the column's rows start:stop, lower is better: minus products (float32); of bits
+        Hamming distances (int32), unless the float query is to meet the bits.
         """
-        count, parts = end - self.first, self.parts
         if isinstance(self.codec, Binary) and hamming_of_bits:
-            return self.distances(self.coded(queries_QD), 0, count)
+            return partial(self.distances, self.coded(queries_QD))
         queries = -queries_QD[:, : self.width]
         if isinstance(self.codec, Int8):
             queries = queries * self.codec.state["scale"]
-        out = np.empty((len(queries), count), np.float32)
+        return partial(self._costs, queries)
+
+    def _costs(self, queries: Float32s, start: int, stop: int) -> Float32s:
+        out = np.empty((len(queries), stop - start), np.float32)
         step = max(1, SCAN_ELEMENTS // self.width)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            products(queries, self._numbers([part[start:stop] for part in parts]), out[:, start:stop])
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
+            products(
+                queries, self._numbers([part[low:high] for part in self.parts]), out[:, low - start : high - start]
+            )
         return out
 
     def coded(self, queries_QD: Float32s) -> list[Part]:

@@ -3,6 +3,7 @@
 Letters in array names: Q queries, D full width, N rows of the index, R rows of a shortlist.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ SCANS = {"flat": CODES, "hnsw": ("float32", "float16", "bfloat16", "int8", "int4
 
 ROUNDING = 1e-6
 """Below the difference of any two Hamming distances as cosines, above what float32 makes of equal ones."""
-LEADING = 1 << 14
-"""Costs, at least, that give a first limit."""
+SAMPLED = 1 << 12
+"""Costs, evenly spread over all, that give a first limit."""
 
 
 class Source(Protocol):
@@ -173,16 +174,75 @@ def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
     The largest value of the costs' type marks a position that is not allowed; it never comes back. With `slack` every
     position whose cost is within it of the n-th comes back too.
     """
+    if n >= len(costs_N):
+        return np.flatnonzero(costs_N < barred_cost(costs_N))
+    limit = _limit(costs_N, n)
+    if limit is not None:
+        # Comparing is quicker than selecting, and what is left to select from is little more than n.
+        among = few(costs_N <= (limit + costs_N.dtype.type(slack) if slack else limit))
+        left = costs_N[among]
+        if (np.count_nonzero(left <= limit) if slack else len(left)) >= n:
+            return among[_selected(left, n, slack)]
+    return _selected(costs_N, n, slack)
+
+
+class Lowest:
+    """The n lowest of costs that come piece by piece, in the order of their positions: what `best` gives of all."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.limit = n, None
+        self._costs: list[NDArray[Any]] = []
+        self._positions: list[Rows] = []
+        self._held = 0
+
+    def add(self, costs_C: NDArray[Any], first: int) -> None:
+        """The costs of positions first, first + 1, ..., all of them beyond those before."""
+        if self._held >= (self.n if self.limit is None else 2 * self.n):
+            self._narrow()
+        # A later position that ties with the n-th so far loses to it.
+        chosen = best(costs_C, self.n) if self.limit is None else few(costs_C < self.limit)
+        self._costs.append(costs_C[chosen])
+        self._positions.append(chosen + first)
+        self._held += len(chosen)
+
+    def found(self) -> tuple[NDArray[Any], Rows]:
+        """Costs and positions, ascending by position."""
+        if len(self._costs) > 1:
+            self._narrow()
+        return self._costs[0], self._positions[0]
+
+    def _narrow(self) -> None:
+        costs, positions = np.concatenate(self._costs), np.concatenate(self._positions)
+        kept = best(costs, self.n)
+        self._costs, self._positions, self._held = [costs[kept]], [positions[kept]], len(kept)
+        if len(kept) == self.n:
+            self.limit = costs[kept].max()
+
+
+def _limit(costs_N: NDArray[Any], n: int) -> Any:
+    """A cost that the n-th lowest hardly ever exceeds, from a sample of all; None where little would be won."""
+    step = len(costs_N) // SAMPLED
+    expected = n / max(step, 1)
+    rank = int(expected + 4 * math.sqrt(expected) + 4)
+    if step < 2 or 4 * rank > SAMPLED:
+        return None
+    limit = np.partition(costs_N[::step], rank)[rank]
+    return limit if limit < barred_cost(costs_N) else None
+
+
+def few(mask_N: NDArray[np.bool_]) -> Rows:
+    """`np.flatnonzero` where few are true: eight that are not are passed over at once."""
+    whole = len(mask_N) & ~7
+    eights = np.flatnonzero(mask_N[:whole].view(np.uint64) != 0)
+    found = (8 * eights[:, None] + np.arange(8))[mask_N[:whole].reshape(-1, 8)[eights]]
+    return np.concatenate([found, whole + np.flatnonzero(mask_N[whole:])])
+
+
+def _selected(costs_N: NDArray[Any], n: int, slack: float) -> Rows:
+    """The positions that `best` promises, by putting the n-th lowest cost in its place."""
     barred = barred_cost(costs_N)
     if n >= len(costs_N):
         return np.flatnonzero(costs_N < barred)
-    leading = max(LEADING, len(costs_N) >> 4)
-    if len(costs_N) > 2 * leading and n <= leading >> 3:
-        # The n-th lowest of the leading costs bars most of the others, and comparing is quicker than selecting.
-        limit = np.partition(costs_N[:leading], n - 1)[n - 1]
-        if limit < barred:
-            among = np.flatnonzero(costs_N <= (limit + costs_N.dtype.type(slack) if slack else limit))
-            return among[best(costs_N[among], n, slack)]
     edge = np.partition(costs_N, n - 1)[n - 1]
     if edge == barred:
         return np.flatnonzero(costs_N < barred)

@@ -1,8 +1,7 @@
 """Flat scans of a column: Hamming distances of bits, faiss' exhaustive search over everything else, no copy of a code.
 
-Hamming distances come as one array and the n lowest are selected from it: on a processor with AVX-512 that took .08 ms
-for 200,000 rows of 128 bits where faiss' counting and heap top-k took .24 and .30. Selecting block by block, to stay in
-a core's own cache, took .14.
+Hamming distances come as an array, of so many rows as a core's cache holds, and the lowest are picked by a limit: faiss
+computes them with wide registers there, which its own top-k and range searches do not.
 """
 
 from functools import partial
@@ -12,11 +11,13 @@ import numpy as np
 
 from matryo.core.codecs import Int8
 from matryo.index.column import Column
-from matryo.index.funnel import barred_cost, best
+from matryo.index.funnel import Lowest, barred_cost
 from matryo.index.scans.common import Allowed, Float32s, Found, Scored, asked_first, filled, settled
 from matryo.index.trained import faiss_module
 
 COSTS_AT_A_TIME = 1 << 24
+ROWS_AT_A_TIME = 1 << 19
+"""Whose costs a core's cache holds while the lowest are picked."""
 DENSE_SHARE = 4
 """From one row in so many on, selecting from all scores beats a heap."""
 QUANTIZERS = {"float16": "QT_fp16", "bfloat16": "QT_bf16", "int8": "QT_8bit_uniform"}
@@ -36,23 +37,28 @@ def scan_column(column: Column, queries_QD: Float32s, n: int, end: int, allowed:
 def dense(
     column: Column, queries_QD: Float32s, n: int, end: int, allowed: Allowed | None, hamming_of_bits: bool = True
 ) -> list[Found]:
-    """The n best rows of the column up to `end`, by an array of all costs. Hamming distances are scored as the cosines
-    of the bits.
+    """The n best rows of the column up to `end`, by arrays of all costs. Hamming distances are scored as the cosines of
+    the bits.
     """
     count = end - column.first
     barred = None if allowed is None else ~allowed.mask[column.first : end]
-    at_a_time = max(1, COSTS_AT_A_TIME // max(1, count))
+    step = min(max(1, count), ROWS_AT_A_TIME)
+    at_a_time = max(1, COSTS_AT_A_TIME // step)
     found: list[Found] = []
-    for start in range(0, len(queries_QD), at_a_time):
-        costs = column.costs(queries_QD[start : start + at_a_time], end, hamming_of_bits)
-        if costs.dtype == np.int32 and column.width < np.iinfo(np.int16).max:
-            costs = costs.astype(np.int16)  # half the bytes to select from
-        if barred is not None:
-            np.copyto(costs, barred_cost(costs), where=barred)
-        for row in costs:
-            rows = best(row, n)
-            scores = -row[rows].astype(np.float32)
-            if costs.dtype.kind == "i":
+    for first in range(0, len(queries_QD), at_a_time):
+        some = queries_QD[first : first + at_a_time]
+        costs_of, lowest = column.costs(some, hamming_of_bits), [Lowest(n) for _ in some]
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            costs = costs_of(start, stop)
+            if barred is not None:
+                np.copyto(costs, barred_cost(costs), where=barred[start:stop])
+            for one, row in zip(lowest, costs, strict=True):
+                one.add(row, start)
+        for one in lowest:
+            kept, rows = one.found()
+            scores = -kept.astype(np.float32)
+            if kept.dtype.kind == "i":
                 scores = 1 + np.float32(2 / column.width) * scores
             found.append((scores, rows + column.first))
     return found
