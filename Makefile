@@ -24,6 +24,9 @@ browser: ## Chromium for the tests of the page, where apt-get is and may be used
 test: setup browser ## the default tests, some minutes
 	$(BIN)/python -m pytest
 
+test-demo: setup ## the demo end to end, and the quality it promises; a minute or two
+	$(BIN)/python -m pytest -m slow tests/test_demo.py
+
 test-slow: setup browser ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
@@ -79,4 +82,4 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/startup/run.py
 	$(BIN)/python benchmarks/minilm/step.py
 
-.PHONY: help setup demo browser test test-slow test-milvus check docs bench bench-smoke
+.PHONY: help setup demo browser test test-demo test-slow test-milvus check docs bench bench-smoke

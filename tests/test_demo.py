@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from matryo.demo import demo
 
 PROMISED = {16: 0.36, 32: 0.55, 64: 0.67, 128: 0.735, 256: 0.765, 512: 0.78}
 
 
+@pytest.mark.slow
 def test_demo_keeps_its_promises(tmp_path):
     lines = []
     page = demo(tmp_path / "demo", lines.append)
