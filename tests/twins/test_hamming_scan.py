@@ -71,5 +71,5 @@ def test_costs_that_are_all_equal(kind):
 
 
 @given(st.lists(st.booleans(), max_size=50))
-def test_few_is_where(mask):
-    assert funnel.few(np.array(mask, bool)).tolist() == np.flatnonzero(mask).tolist()
+def test_sparse_flatnonzero_is_flatnonzero(mask):
+    assert funnel.sparse_flatnonzero(np.array(mask, bool)).tolist() == np.flatnonzero(mask).tolist()

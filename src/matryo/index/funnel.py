@@ -179,11 +179,20 @@ def best(costs_N: NDArray[Any], n: int, slack: float = 0.0) -> Rows:
     limit = _limit(costs_N, n)
     if limit is not None:
         # Comparing is quicker than selecting, and what is left to select from is little more than n.
-        among = few(costs_N <= (limit + costs_N.dtype.type(slack) if slack else limit))
+        among = np.flatnonzero(costs_N <= (limit + costs_N.dtype.type(slack) if slack else limit))
         left = costs_N[among]
         if (np.count_nonzero(left <= limit) if slack else len(left)) >= n:
             return among[_selected(left, n, slack)]
     return _selected(costs_N, n, slack)
+
+
+def sparse_flatnonzero(mask_N: NDArray[np.bool_]) -> Rows:
+    """`np.flatnonzero` for long masks of which few are true: eight that are not are passed over at once."""
+    whole = len(mask_N) & ~7
+    eights = mask_N[:whole].view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    within = np.flatnonzero(eights[some].view(np.bool_))
+    return np.concatenate([8 * some[within >> 3] + (within & 7), whole + np.flatnonzero(mask_N[whole:])])
 
 
 class Lowest:
@@ -200,7 +209,7 @@ class Lowest:
         if self._held >= (self.n if self.limit is None else 2 * self.n):
             self._narrow()
         # A later position that ties with the n-th so far loses to it.
-        chosen = best(costs_C, self.n) if self.limit is None else few(costs_C < self.limit)
+        chosen = best(costs_C, self.n) if self.limit is None else sparse_flatnonzero(costs_C < self.limit)
         self._costs.append(costs_C[chosen])
         self._positions.append(chosen + first)
         self._held += len(chosen)
@@ -228,14 +237,6 @@ def _limit(costs_N: NDArray[Any], n: int) -> Any:
         return None
     limit = np.partition(costs_N[::step], rank)[rank]
     return limit if limit < barred_cost(costs_N) else None
-
-
-def few(mask_N: NDArray[np.bool_]) -> Rows:
-    """`np.flatnonzero` where few are true: eight that are not are passed over at once."""
-    whole = len(mask_N) & ~7
-    eights = np.flatnonzero(mask_N[:whole].view(np.uint64) != 0)
-    found = (8 * eights[:, None] + np.arange(8))[mask_N[:whole].reshape(-1, 8)[eights]]
-    return np.concatenate([found, whole + np.flatnonzero(mask_N[whole:])])
 
 
 def _selected(costs_N: NDArray[Any], n: int, slack: float) -> Rows:
