@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
+import matryo
+
 
 def machine() -> dict[str, Any]:
     cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
-    names = ("matryo", "torch", "sentence-transformers", "numpy", "faiss-cpu")
+    names = ("torch", "sentence-transformers", "numpy", "faiss-cpu")
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {"matryo": matryo.__version__} | {name: version(name) for name in names},
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
