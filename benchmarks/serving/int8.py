@@ -28,7 +28,7 @@ from matryo.core.records import read_retrieval
 from matryo.demo.run import DATA
 from matryo.encoders.export import export_onnx, overlap
 from matryo.encoders.int8 import quantise
-from matryo.encoders.onnx import MODEL, OnnxEncoder, _onnxruntime
+from matryo.encoders.onnx import MODEL, OnnxEncoder
 
 WIDTHS = (384, 96)
 ROUNDS = 40
@@ -60,7 +60,7 @@ def measure(folder: Path, texts: list[str], rounds: int) -> list[dict[str, Any]]
     paths = {"float32": folder / "plain" / MODEL} | {name: folder / f"{name}.onnx" for name in ("dynamic", "ours")}
     quantize_dynamic(str(paths["float32"]), str(paths["dynamic"]), per_channel=True, weight_type=QuantType.QInt8)
     quantise(paths["float32"], paths["ours"])
-    encoders = {name: OnnxEncoder(_onnxruntime(path, 1), plain.tokenizer, plain.about) for name, path in paths.items()}
+    encoders = {name: plain.with_graph(path, threads=1) for name, path in paths.items()}
     times = timed({name: one.run for name, one in encoders.items()}, rounds)
     mixed = random.Random(0).sample(texts, min(len(texts), 200))
     expected, rows = plain.vectors(texts), []
