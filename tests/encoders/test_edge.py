@@ -117,11 +117,16 @@ def test_the_graph_leaves_a_row_of_zeros_at_zero(tmp_path):
 @pytest.mark.slow
 def test_int8_of_a_transformer_is_judged_by_neighbours_at_its_width(minilm, texts, tmp_path):
     found = export_edge(minilm, tmp_path / "small", width=64, texts=texts, floor=0.7)
-    assert 0.7 <= found["quality"]["neighbours_of_prefix"] < 1
+    kept = found["quality"]["neighbours_of_prefix"]
+    assert 0.7 <= kept < 1
     assert found["bytes"] < 30e6
+    assert found["float32_products"] == 0
+    part = export_edge(minilm, tmp_path / "part", width=64, texts=texts, floor=kept + 0.001)
+    assert part["float32_products"] in (1, 2, 4, 6)
+    assert part["quality"]["neighbours_of_prefix"] > kept
     with pytest.raises(InputError, match=r"int8 keeps 0\.\d+ of the 10 nearest neighbours at width 64, below 0\.999"):
         export_edge(minilm, tmp_path / "no", width=64, texts=texts, floor=0.999)
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "small"]
 
 
 def test_what_is_refused_leaves_nothing(trained, tmp_path):

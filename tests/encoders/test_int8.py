@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from matryo.core.errors import InputError
-from matryo.encoders.int8 import narrowing, quantise
+from matryo.encoders.int8 import _narrowing, quantise, quantise_enough
 
 make, FLOAT, INT64 = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 rng = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_weights_are_stored_once_and_small(coded, plain):
 
 
 def test_what_is_left_stays_float32(plain, tmp_path):
-    assert narrowing(plain) == ["third"]
+    assert _narrowing(plain) == ["third"]
     quantise(plain, tmp_path / "part", leave=["third", "fourth"])
     names = {one.name for one in onnx.load(str(tmp_path / "part")).graph.initializer}
     assert {"narrow", "wide", "wide_int8", "wide_step"} <= names
@@ -143,3 +143,18 @@ def test_a_graph_without_products_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no products with fixed weights"):
         quantise(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_as_little_is_left_as_it_takes(plain, tmp_path):
+    out, asked = tmp_path / "out", []
+
+    def kept():
+        names = {one.name for one in onnx.load(str(out)).graph.initializer}
+        asked.append("narrow" in names)
+        return 0.95 if asked[-1] else 0.85
+
+    assert quantise_enough(plain, out, kept, 0.8, 32) == (0.85, 0)
+    assert quantise_enough(plain, out, kept, 0.9, 32) == (0.95, 1)
+    assert asked == [False, False, True]
+    with pytest.raises(InputError, match=r"int8 keeps 0\.950 .* at width 32, below 0\.99, with up to 1 products left"):
+        quantise_enough(plain, out, kept, 0.99, 32)

@@ -9,8 +9,8 @@ import pytest
 import matryo as mt
 from matryo.core.errors import DamagedError, FormatError, InputError
 from matryo.core.files import digest
-from matryo.encoders.export import _doubling, export_onnx, overlap
-from matryo.encoders.int8 import quantise
+from matryo.encoders.export import export_onnx, overlap
+from matryo.encoders.int8 import _doubling, quantise
 from matryo.serving import Settings
 from matryo.serving.engines import choose
 

@@ -170,38 +170,22 @@ def _difference(before: Any, after: OnnxEncoder) -> float:
 
 
 def _quantise(folder: Path, plain: OnnxEncoder, texts: Sequence[str], width: int, floor: float) -> dict[str, Any]:
-    """Put int8 weights in the place of the others, if the neighbours of texts stay at the narrowest width.
+    """Put integer products in the place of the others, if the neighbours of texts stay at the narrowest width."""
+    from matryo.encoders.int8 import quantise_enough
 
-    Where they do not, products that narrow stay as they are, from the first layer on and no more than it takes: what a
-    feed-forward block's second one takes has the longest tail, one step for all of it is coarse, and what the first
-    layers lose every later one works with.
-    """
-    from matryo.encoders.int8 import narrowing, quantise
-
-    expected, shares = truncate(plain.vectors(list(texts)), width), []
-    traced, source = folder / f"fp32.{MODEL}", json.loads((folder / ABOUT).read_text())
+    texts, traced = list(texts), folder / f"fp32.{MODEL}"
+    expected = truncate(plain.vectors(texts), width)
     os.replace(folder / MODEL, traced)
-    narrow = narrowing(traced)
-    for count in _doubling(len(narrow)):
-        left = narrow[:count]
-        quantise(traced, folder / MODEL, leave=left)
-        told = source | {"precision": "int8", "float32_products": len(left)}
-        told["files"] = source["files"] | {MODEL: digest(folder / MODEL)}
-        write_text(folder / ABOUT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-        shares.append(overlap(expected, truncate(OnnxEncoder.load(folder).vectors(list(texts)), width)))
-        if shares[-1] >= floor:
-            traced.unlink()
-            return {"precision": "int8", "overlap": shares[-1], "width": width, "float32_products": len(left)}
-    raise InputError(
-        f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}, with up to "
-        f"{len(narrow)} products left in float32; export without int8, or serve larger widths only and lower "
-        "--floor knowingly"
-    )
 
+    def kept() -> float:
+        return overlap(expected, truncate(plain.with_graph(folder / MODEL).vectors(texts), width))
 
-def _doubling(most: int) -> list[int]:
-    """0, 1, 2, 4 and so on, and the most."""
-    return sorted({0, *(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
+    share, left = quantise_enough(traced, folder / MODEL, kept, floor, width)
+    traced.unlink()
+    about = json.loads((folder / ABOUT).read_text()) | {"precision": "int8", "float32_products": left}
+    about["files"][MODEL] = digest(folder / MODEL)
+    write_text(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    return {"precision": "int8", "overlap": share, "width": width, "float32_products": left}
 
 
 def overlap(one_ND: Float32s, other_ND: Float32s, k: int = 10) -> float:

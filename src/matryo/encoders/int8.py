@@ -6,7 +6,7 @@ token has a step of its own, the largest magnitude of its row, as in ZeroQuant (
 section 4.1): nothing is fitted, and a row's numbers depend on that row alone. Needs the `onnx` extra.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ where 2 x 255 x 127 is cut off without a word and 2 x 255 x 64 is not."""
 STEPS = 127
 """Of an activation's magnitude, on either side of zero."""
 LEAST = 1e-30
-"""In the place of the largest magnitude of a row of zeros."""
+"""In the place of a largest magnitude or a step of zero."""
 TABLE_BYTES = 1 << 20
 """From this size on, a table that rows are looked up in is quantised too; smaller ones do not pay for it."""
 MICROSOFT = "com.microsoft"
@@ -69,7 +69,43 @@ def quantise(source: Path, target: Path, *, leave: Collection[str] = ()) -> None
     onnx.save(model, str(target))
 
 
-def narrowing(path: Path) -> list[str]:
+def quantise_enough(
+    source: Path, target: Path, kept: Callable[[], float], floor: float, width: int
+) -> tuple[float, int]:
+    """Quantise all that can be; where that keeps too little, all but products that narrow, as few as it takes.
+
+    They are left from the first layer on: what a feed-forward block's second product takes has the longest tail, and
+    what the first layers lose every later one works with.
+
+    Args:
+        kept: measures the share of neighbours that the graph at `target` keeps.
+        floor: the least share.
+        width: at which it is measured, for the error.
+
+    Returns:
+        The share, and how many products were left in float32.
+
+    Raises:
+        InputError: too little is kept however many are left.
+    """
+    narrow, shares = _narrowing(source), []
+    for count in _doubling(len(narrow)):
+        quantise(source, target, leave=narrow[:count])
+        shares.append(kept())
+        if shares[-1] >= floor:
+            return shares[-1], count
+    raise InputError(
+        f"int8 keeps {max(shares):.3f} of the 10 nearest neighbours at width {width}, below {floor}, with up to "
+        f"{len(narrow)} products left in float32; export in float32, or lower --floor knowingly for larger widths only"
+    )
+
+
+def _doubling(most: int) -> list[int]:
+    """0, 1, 2, 4 and so on, and the most."""
+    return sorted({0, *(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
+
+
+def _narrowing(path: Path) -> list[str]:
     """Names of the products whose weights have more rows than columns, the first layer's first."""
     import onnx
 
@@ -84,7 +120,7 @@ class _Rewriter:
     def __init__(self, onnx: Any, weights: dict[str, Any]) -> None:
         self.onnx, self.weights = onnx, weights
         self.added: dict[str, Any] = {}
-        self.rows: set[str] = set()
+        self.coded_inputs: set[str] = set()
         self._add("int8_step", np.array(1 / STEPS, np.float32))
         self._add("int8_zero", np.array(128, np.uint8))
         self._add("int8_least", np.array(LEAST, np.float32))
@@ -104,7 +140,7 @@ class _Rewriter:
     def product(self, node: Any) -> list[Any]:
         given, weight, out = node.input[0], node.input[1], node.output[0]
         if f"{weight}_int8" not in self.added:
-            whole_KN, step_N = _coded(self._array(weight), LEVELS, axis=0)
+            whole_KN, step_N = coded(self._array(weight), LEVELS, axis=0)
             self._add(f"{weight}_int8", whole_KN)
             self._add(f"{weight}_step", step_N[0])
         read = [f"{given}_uint8", f"{weight}_int8", "int8_step", f"{weight}_step", "int8_zero"]
@@ -117,7 +153,7 @@ class _Rewriter:
     def lookup(self, node: Any) -> list[Any]:
         table, which, out = node.input[0], node.input[1], node.output[0]
         if f"{table}_int8" not in self.added:
-            whole_VD, step_V1 = _coded(self._array(table), STEPS, axis=1)
+            whole_VD, step_V1 = coded(self._array(table), STEPS, axis=1)
             self._add(f"{table}_int8", whole_VD)
             self._add(f"{table}_step", step_V1)
         return [
@@ -129,9 +165,9 @@ class _Rewriter:
 
     def _coded_rows(self, given: str) -> list[Any]:
         """Integers of what a product takes, and each row's largest magnitude; once for all products that take it."""
-        if given in self.rows:
+        if given in self.coded_inputs:
             return []
-        self.rows.add(given)
+        self.coded_inputs.add(given)
         return [
             self._node("Abs", [given], f"{given}_magnitudes"),
             self._node("ReduceMax", [f"{given}_magnitudes"], f"{given}_most", axes=[-1], keepdims=1),
@@ -155,7 +191,7 @@ class _Rewriter:
         return self.onnx.helper.make_node(kind, given, [out], domain=domain, **attributes)
 
 
-def _coded(values: Float32s, levels: int, axis: int) -> tuple[NDArray[np.int8], Float32s]:
+def coded(values: Float32s, levels: int, axis: int) -> tuple[NDArray[np.int8], Float32s]:
     """Integers in -levels..levels and the step they count, one for each line along the axis."""
     step = (np.abs(values).max(axis=axis, keepdims=True) / np.float32(levels)).astype(np.float32)
     step = np.maximum(step, np.float32(LEAST))

@@ -74,6 +74,10 @@ class OnnxEncoder:
         opened = _openvino if runtime == "openvino" else _onnxruntime
         return cls(opened(folder / MODEL, threads), tokenizer, about)
 
+    def with_graph(self, path: Path, threads: int | None = None) -> "OnnxEncoder":
+        """The same tokeniser before another graph, which is taken as it is."""
+        return OnnxEncoder(_onnxruntime(path, threads), self.tokenizer, self.about)
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included, however many."""
         return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts))]

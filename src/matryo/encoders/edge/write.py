@@ -18,7 +18,7 @@ from matryo.core.prefix import check_width, truncate
 from matryo.encoders import Model, load
 from matryo.encoders.export import SAMPLE, export_onnx, overlap
 from matryo.encoders.folder import fingerprint
-from matryo.encoders.int8 import quantise
+from matryo.encoders.int8 import STEPS, coded, quantise_enough
 from matryo.encoders.onnx import MODEL, TOKENIZER, OnnxEncoder, read_about
 from matryo.encoders.static import StaticEncoder
 
@@ -39,7 +39,8 @@ def export_edge(
     """Write a model at one width so that it runs on numpy and tokenizers, and on onnxruntime if it is a transformer.
 
     A static model's table is cut and stored in the code, int8 with one scale a row. A transformer's graph gets the cut
-    and the normalisation, and for int8 its products are of integers. The vectors have length 1 either way.
+    and the normalisation, and for int8 its products are of integers, as many as neighbours allow. The vectors have
+    length 1 either way.
 
     Args:
         name: a static model's folder, a sentence-transformers folder or hub name, or an export to ONNX (fp32).
@@ -112,10 +113,11 @@ def _write_table(encoder: StaticEncoder, folder: Path, width: int, code: str) ->
     encoder.tokenizer.save(str(folder / TOKENIZER), pretty=False)
     table = np.ascontiguousarray(encoder.table[:, :width])
     if code == "int8":
-        scales = np.maximum(np.abs(table).max(axis=1) / np.float32(127), np.float32(1e-12)).astype(np.float32)
-        np.save(folder / SCALES, scales)
-        table = np.rint(table / scales[:, None]).astype(np.int8)
-    np.save(folder / TABLE, table.astype(code))
+        whole, step = coded(table, STEPS, axis=1)
+        np.save(folder / SCALES, step[:, 0])
+        np.save(folder / TABLE, whole)
+    else:
+        np.save(folder / TABLE, table.astype(code))
 
 
 def _write_graph(name: str | Path, model: Model, folder: Path, width: int) -> dict[str, Any]:
@@ -160,6 +162,20 @@ def _cut(source: Path, target: Path, width: int) -> None:
     onnx.save(graph, str(target))
 
 
+def _quantise(folder: Path, texts: list[str], expected: Float32s, floor: float) -> int:
+    """Put integer products in the place of the others; how many had to be left for neighbours to stay."""
+    embed, cut = _runner(static=False), folder / f"fp32.{MODEL}"
+    os.replace(folder / MODEL, cut)
+
+    def kept() -> float:
+        _reopen(static=False)
+        return overlap(expected, embed(texts, folder))
+
+    _, left = quantise_enough(cut, folder / MODEL, kept, floor, expected.shape[1])
+    cut.unlink()
+    return left
+
+
 def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str], floor: float) -> dict[str, Any]:
     """`about` with size, speed and quality, the vectors compared with the model's own on every text."""
     static, width, code = about["kind"] == "static", about["width"], about["code"]
@@ -169,11 +185,7 @@ def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str
     prefix = truncate(full, width)
     if not static and code == "int8":
         _compare(embed(judged, folder), prefix, "float32")  # the cut itself is right
-        cut = folder / f"fp32.{MODEL}"
-        os.replace(folder / MODEL, cut)
-        quantise(cut, folder / MODEL)
-        cut.unlink()
-        _reopen(static)
+        about["float32_products"] = _quantise(folder, texts, prefix[len(SAMPLE) :], floor)
     embed(judged[:1], folder)  # opens the files
     began = time.process_time()
     rows = embed(judged, folder)
@@ -186,11 +198,6 @@ def _measured(model: Model, folder: Path, about: dict[str, Any], texts: list[str
     if len(texts) >= JUDGES:
         mine, same, whole = (part[len(SAMPLE) :] for part in (rows, prefix, full))
         quality |= {"neighbours_of_prefix": overlap(same, mine), "neighbours_of_full_width": overlap(whole, mine)}
-    if not static and code == "int8" and quality["neighbours_of_prefix"] < floor:
-        raise InputError(
-            f"int8 keeps {quality['neighbours_of_prefix']:.3f} of the 10 nearest neighbours at width {width}, below "
-            f"{floor}; take float32, or a lower --floor knowingly"
-        )
     _reopen(static)
     names = sorted(path.name for path in folder.iterdir() if path.name != ABOUT)
     sizes = {name: (folder / name).stat().st_size for name in names}
