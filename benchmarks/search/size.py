@@ -9,7 +9,7 @@ chunk by chunk from the seed, so that the set is never in memory as a whole; of 
 Built by `Index.extend`, a commit per batch. `peak` is the process's highest resident memory during the build, mapped
 pages of the vectors file among it; `anonymous` is what is left without those. Recall is against exact float32 scores of
 the vectors as they came, on a sample of queries. Latency is of whole `index.search` calls, one query at a time, one
-thread.
+thread; OMP_NUM_THREADS is how many derive the codes.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.items, options.width, options.queries, options.rounds = 20_000, 64, 10, 1
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(1)  # of this thread, which asks; codes are derived in another
     asked = options.queries
     if options.vectors:
         stream = open_vectors(options.vectors)
@@ -173,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)) / "index"
         head = {"items": options.items, "width": options.width, "store": options.store, "vectors": stream.path.name,
-                "seed": options.seed, "threads": 1}  # fmt: skip
+                "seed": options.seed, "flatness": options.flatness, "build threads": int(os.environ["OMP_NUM_THREADS"]), "threads": 1}  # fmt: skip
         rows = [{**head, "what": "build", "plan": plans[0], **build(folder, stream, options.items, plans[0], options)}]
         print(rows[-1], flush=True)
         truth = exact(stream, options.items, queries, options.batch)

@@ -81,6 +81,17 @@ def test_an_index_searches_by_bounds_as_without(tmp_path, monkeypatch, store):
         assert index.search(queries[:1], 1).ids == [["late"]]
 
 
+def test_an_exact_plan_is_prepared_with_its_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "BOUNDS_FROM", 0)
+    with Index.create(tmp_path / "i", width=64, plan="64:float32") as index:
+        index.prepare()
+        assert index.stats()["codes"] == {}  # nothing to derive them from
+        index.upsert([f"d{i}" for i in range(2000)], unit_rows(2000, 1, 64, 0.5))
+        index.prepare()
+        assert list(index.stats()["codes"]) == ["64:bounds"]
+    assert [path.name for path in (tmp_path / "i" / "codes").iterdir()] == ["1-64-bounds.safetensors"]
+
+
 def test_what_is_wrong_is_said():
     with pytest.raises(InputError, match="no scale yet"):
         Bounds(32).encode(unit_rows(2, 0, 32, 0))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
 from matryo.index import catalogue as cat
-from matryo.index.codes import CodeStore, held_as
+from matryo.index.codes import BOUNDS, CodeStore, by_bounds, held_as
 from matryo.index.column import products
 from matryo.index.funnel import Rows, best
 from matryo.index.rerank import inner_products
@@ -207,6 +207,8 @@ def derived(plan: Plan, state: cat.State) -> list[tuple[int, str]]:
         scanned = number == 0 and (stage.code != "float32" or stage.width < state.width)
         if scanned or not as_stored(stage, state.store):
             needed.append((stage.width, held_as(stage, first=number == 0)))
+        elif number == 0 and by_bounds(state.width, state.end):
+            needed.append((state.width, BOUNDS))
     return needed
 
 
