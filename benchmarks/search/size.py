@@ -173,7 +173,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)) / "index"
         head = {"items": options.items, "width": options.width, "store": options.store, "vectors": stream.path.name,
-                "seed": options.seed, "flatness": options.flatness, "build threads": int(os.environ["OMP_NUM_THREADS"]), "threads": 1}  # fmt: skip
+                "seed": options.seed, "flatness": options.flatness, "threads": 1,
+                "build threads": int(os.environ["OMP_NUM_THREADS"])}  # fmt: skip
         rows = [{**head, "what": "build", "plan": plans[0], **build(folder, stream, options.items, plans[0], options)}]
         print(rows[-1], flush=True)
         truth = exact(stream, options.items, queries, options.batch)
