@@ -63,18 +63,19 @@ def images() -> None:
 
 def cascade() -> None:
     """Accuracy against expected width."""
-    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    found: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows("images/results/cascade.jsonl"):
-        found[row["model"], row["lost"]].append(row)
+        found[row["model"], row.get("heads", "trained"), row["lost"]].append(row)
     body = (
         [
-            model.upper(), f"{100 * lost:g}", spread(r["accuracy"] - r["full"] for r in each),
+            f"{model.upper()}, {heads} heads", f"{100 * lost:g}", spread(r["accuracy"] - r["full"] for r in each),
+            spread(r["accuracy"] - r.get("trained_full", r["full"]) for r in each),
             spread((r["expected_width"] for r in each), 1, 0), spread((r["last_width"] for r in each), 1, 0),
         ]
-        for (model, lost), each in found.items()
+        for (model, heads, lost), each in found.items()
     )  # fmt: skip
-    head = ["", "allowed to lose (points)", "accuracy less the full head's (points)", "expected width", "last width"]
-    table(head, body)
+    less = ["accuracy less the full head's (points)", "less the trained full head's"]
+    table(["", "allowed to lose (points)", *less, "expected width", "last width"], body)
 
 
 def funnel() -> None:

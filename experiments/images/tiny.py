@@ -1,6 +1,6 @@
 """The paper's first experiment at the scale of one core: MRL, MRL-E and one fixed-feature model per width.
 
-    python experiments/images/tiny.py DATA --scratch SCRATCH [--seeds 3] [--epochs 6] [--until HH:MM]
+    python experiments/images/tiny.py DATA --scratch SCRATCH [--models mrl ff-1024 ...] [--seeds 3] [--until HH:MM]
 
 DATA holds train.parquet and val.parquet (image, label). Every model has the same backbone, recipe and epochs. A
 finished model is one row of results/tiny.jsonl and is not trained again; one that was stopped goes on from its last
@@ -11,6 +11,7 @@ SCRATCH keeps decoded pictures, model folders and the vectors of both splits (fl
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,7 @@ BACKBONE = {
 RESULTS = Path(__file__).parent / "results" / "tiny.jsonl"
 
 
-def jobs(seeds: int) -> list[tuple[str, int]]:
-    kinds = ["mrl", "mrl-e", *(f"ff-{width}" for width in WIDTHS)]
-    return [(kind, seed) for seed in range(seeds) for kind in kinds]
+KINDS = ("mrl", "mrl-e", *(f"ff-{width}" for width in WIDTHS))
 
 
 def config_of(kind: str, seed: int, options: argparse.Namespace) -> ImageConfig:
@@ -76,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, metavar="MODEL", help=", ".join(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -95,7 +95,7 @@ def main() -> None:
         if options.until and time.strftime("%H:%M") >= options.until:
             raise SystemExit("stopped; the same command goes on")
 
-    for kind, seed in jobs(options.seeds):
+    for seed, kind in product(range(options.seeds), options.models):
         if (kind, seed, options.epochs) in done:
             continue
         print(kind, seed, flush=True)
