@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from matryo.core.plan import Plan, Stage
 from matryo.core.prefix import truncate
 from matryo.index import catalogue as cat
-from matryo.index.codes import BOUNDS, CodeStore, by_bounds, held_as
+from matryo.index.codes import CodeStore, by_bounds, held_as
 from matryo.index.column import products
 from matryo.index.funnel import Rows, best
 from matryo.index.rerank import inner_products
+from matryo.index.scans.bounds import NAME as BOUNDS
 from matryo.index.scans.common import Allowed, Scored
 from matryo.index.vectors import STORES, Float32s, Vectors, floats
 
