@@ -52,10 +52,10 @@ def measured(heads: LinearHeads, parts: list[tuple[np.ndarray, list[str]]], lost
 
 def fitted(name: str, labels: list[str], options: argparse.Namespace) -> LinearHeads:
     """Heads fitted on the training vectors, from SCRATCH if they are there."""
-    kept = options.scratch / f"{name}-heads"
+    kept = options.scratch / f"{name}-heads-{options.strength:g}"
     if not kept.is_dir():
         vectors = np.load(options.scratch / f"{name}-train.npy").astype(np.float32)
-        heads = fit_heads(vectors, labels, options.widths)
+        heads = fit_heads(vectors, labels, options.widths, options.strength)
         mt.AdaptiveClassifier(heads, [float("inf")] * (len(heads.widths) - 1)).save(kept)
     return mt.AdaptiveClassifier.load(kept).heads
 
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heads", choices=("trained", "fitted"), default="trained")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128, 1024], help="of fitted heads")
+    parser.add_argument("--strength", type=float, default=100.0, help="of fitted heads, see matryo.classify.fit_heads")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,6 +90,7 @@ def main() -> None:
             parts, whole = halves(vectors, labels), accuracy(trained, vectors, labels)
             for lost in LOST:
                 row = {"model": model, "seed": seed, "heads": options.heads, "lost": lost}
+                row |= {"strength": options.strength} if options.heads == "fitted" else {}
                 row |= measured(heads, parts, lost) | {"trained_full": whole}
                 print(json.dumps(row), flush=True)
                 with options.results.open("a") as file:

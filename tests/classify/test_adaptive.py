@@ -218,6 +218,26 @@ def test_heads_that_do_not_normalise_read_raw_lengths():
     assert AdaptiveClassifier(heads, []).predict_texts(Lengths(), ["ab", "abcdefgh"]).labels == ["short", "long"]
 
 
+def test_heads_are_held_back_as_asked(tmp_path, capsys):
+    loose = AdaptiveClassifier.fit(*TRAIN, CALIBRATION, widths=WIDTHS, target=0.5, strength=1000)
+    wanted = fit_heads(*TRAIN, WIDTHS, strength=1000)
+    for mine, theirs, tight in zip(loose.heads.weights, wanted.weights, HEADS.weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+        assert np.linalg.norm(mine) > np.linalg.norm(tight)
+    with pytest.raises(InputError, match="strength must be above 0, got -1"):
+        AdaptiveClassifier.fit(*TRAIN, CALIBRATION, strength=-1)
+    rows = [{"text": f"a {what} {n}", "label": what} for n in range(12) for what in ("dog", "cat")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["classify", "fit", "toy", *[str(tmp_path / "rows.jsonl")] * 2, "--out", str(tmp_path / "out")]
+    sizes = []
+    for strength in ("1", "1000"):
+        assert run([*words, "--strength", strength]) == 0
+        sizes.append(np.linalg.norm(AdaptiveClassifier.load(tmp_path / "out").heads.weights[-1]))
+    assert sizes[0] < sizes[1]
+    assert run([*words, "--strength", "0"]) == 2
+    assert "strength must be above 0" in capsys.readouterr().err
+
+
 def test_the_command_line_fits_and_predicts(tmp_path, capsys):
     rows = [{"text": f"a {what} {n}", "label": what} for n in range(12) for what in ("dog", "cat")]
     for name in ("train", "val"):

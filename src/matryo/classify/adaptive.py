@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from matryo.classify.heads import LinearHeads, fit_heads
+from matryo.classify.heads import STRENGTH, LinearHeads, fit_heads
 from matryo.classify.thresholds import NEVER, frontier, levels_of, paid
 from matryo.core.errors import DamagedError, FormatError, InputError
 from matryo.core.files import write_atomically
@@ -104,6 +104,7 @@ class AdaptiveClassifier:
         target: float | None = None,
         promised: float | None = None,
         confidence: str = "softmax",
+        strength: float = STRENGTH,
     ) -> "AdaptiveClassifier":
         """Fit heads on vectors and labels, and thresholds on a calibration split that the heads have not seen.
 
@@ -117,6 +118,8 @@ class AdaptiveClassifier:
             promised: with this confidence (say 0.95) the expected accuracy on new items is at least `target`. A random
                 half of the calibration split then makes the ladder, the other tests it from its dearest rung down
                 until one fails (fixed-sequence testing; Angelopoulos et al., Learn then test, arXiv 2110.01052).
+            strength: of `fit_heads`; not looked at where `heads` are given. Dimensions that say much the same ask for
+                more: with too little, widths that hold the same differ, and nothing stops early.
 
         Raises:
             InputError: what does not fit; a target that cannot be reached or, with `promised`, not be shown.
@@ -131,7 +134,7 @@ class AdaptiveClassifier:
         if heads is None:
             full = known.shape[1]
             powers = [1 << n for n in range(3, full.bit_length()) if 1 << n < full]
-            heads = fit_heads(vectors_ND, labels, check_widths(list(widths or [*powers, full]), full))
+            heads = fit_heads(vectors_ND, labels, check_widths(list(widths or [*powers, full]), full), strength)
         made = cls(heads, np.full(len(heads.widths) - 1, NEVER), confidence)
         made._calibrate(known, names, target, promised)
         return made

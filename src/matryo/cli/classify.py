@@ -30,6 +30,7 @@ def fit(
     widths: Annotated[str | None, typer.Option(help="Widths, such as 8,32,128; doubling from 8 if unset.")] = None,
     target: Annotated[float | None, typer.Option(help="Accuracy to keep; the full head's if unset.")] = None,
     promised: Annotated[float | None, typer.Option(help="Keep it on new items with this confidence.")] = None,
+    strength: Annotated[float, typer.Option(help="Inverse weight of the penalty on the heads' squared length.")] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Fit a head per width, and thresholds at which a text needs no wider one.
@@ -43,8 +44,9 @@ def fit(
     encoder, rows, held = load(model), read_labelled(train), read_labelled(calibration)
     seen = (encoder.encode(held.texts), held.labels)
     made = AdaptiveClassifier.fit(
-        encoder.encode(rows.texts), rows.labels, seen, widths=numbers(widths), target=target, promised=promised
-    )
+        encoder.encode(rows.texts), rows.labels, seen,
+        widths=numbers(widths), target=target, promised=promised, strength=strength,
+    )  # fmt: skip
     made.save(out)
     found = made.measure(*seen)
     if as_json:
