@@ -3,8 +3,8 @@
     python experiments/images/cascade.py DATA --scratch SCRATCH [--models mrl mrl-e] [--seeds 3] [--heads fitted]
 
 Heads are those of training, or fitted to the end on the vectors of the training pictures (`mt.AdaptiveClassifier.fit`
-without heads), at --widths; fitting takes some minutes of one core a seed (with OPENBLAS_NUM_THREADS=1), and is kept in
-SCRATCH.
+without heads), at --widths, with the strength that is best for a fifth of those; fitting takes some minutes of one core
+a seed (with OPENBLAS_NUM_THREADS=1), and is kept in SCRATCH.
 
 The halves take turns, so every picture of val is measured once by thresholds that have not seen it. Cost counts every
 head that was evaluated. Targets are given as what may be lost of the full head's accuracy on the calibration half. One
@@ -27,6 +27,8 @@ from matryo.training import load_head
 
 RESULTS = Path(__file__).parent / "results" / "cascade.jsonl"
 LOST = (0.0, 0.002, 0.01, 0.03)
+STRENGTHS, JUDGED = (10.0, 100.0, 1000.0), 128
+"""Tried for fitted heads, at this width."""
 
 
 def halves(vectors: np.ndarray, labels: list[str]) -> list[tuple[np.ndarray, list[str]]]:
@@ -52,12 +54,26 @@ def measured(heads: LinearHeads, parts: list[tuple[np.ndarray, list[str]]], lost
 
 def fitted(name: str, labels: list[str], options: argparse.Namespace) -> LinearHeads:
     """Heads fitted on the training vectors, from SCRATCH if they are there."""
-    kept = options.scratch / f"{name}-heads-{options.strength:g}"
+    kept = options.scratch / f"{name}-heads"
     if not kept.is_dir():
         vectors = np.load(options.scratch / f"{name}-train.npy").astype(np.float32)
-        heads = fit_heads(vectors, labels, options.widths, options.strength)
+        heads = fit_heads(vectors, labels, options.widths, chosen(vectors, np.array(labels)))
         mt.AdaptiveClassifier(heads, [float("inf")] * (len(heads.widths) - 1)).save(kept)
     return mt.AdaptiveClassifier.load(kept).heads
+
+
+def chosen(vectors: np.ndarray, labels: np.ndarray) -> float:
+    """The strength whose head, fitted on four fifths of the training vectors at JUDGED, gives the rest the least loss."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    rest, part = np.split(order, [len(order) // 5])
+    loss = {}
+    for strength in STRENGTHS:
+        heads = fit_heads(vectors[part], list(labels[part]), [JUDGED], strength)
+        logits = torch.from_numpy(heads.logits(vectors[rest], 0))
+        right = torch.from_numpy(np.searchsorted(heads.classes, labels[rest]))
+        loss[strength] = float(torch.nn.functional.cross_entropy(logits, right))
+    print(f"loss by strength: {loss}", flush=True)
+    return min(loss, key=lambda each: loss[each])
 
 
 def accuracy(heads: LinearHeads, vectors: np.ndarray, labels: list[str]) -> float:
@@ -73,7 +89,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heads", choices=("trained", "fitted"), default="trained")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128, 1024], help="of fitted heads")
-    parser.add_argument("--strength", type=float, default=100.0, help="of fitted heads, see matryo.classify.fit_heads")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,7 +105,6 @@ def main() -> None:
             parts, whole = halves(vectors, labels), accuracy(trained, vectors, labels)
             for lost in LOST:
                 row = {"model": model, "seed": seed, "heads": options.heads, "lost": lost}
-                row |= {"strength": options.strength} if options.heads == "fitted" else {}
                 row |= measured(heads, parts, lost) | {"trained_full": whole}
                 print(json.dumps(row), flush=True)
                 with options.results.open("a") as file:
