@@ -63,7 +63,7 @@ def fitted(name: str, labels: list[str], options: argparse.Namespace) -> LinearH
 
 
 def chosen(vectors: np.ndarray, labels: np.ndarray) -> float:
-    """The strength whose head, fitted on four fifths of the training vectors at JUDGED, gives the rest the least loss."""
+    """The strength whose head on four fifths of the training vectors, at JUDGED, gives the rest the least loss."""
     order = np.random.default_rng(0).permutation(len(labels))
     rest, part = np.split(order, [len(order) // 5])
     loss = {}
