@@ -1,6 +1,6 @@
 """The tables of docs/results.md, from the rows that the experiments wrote.
 
-python experiments/tables.py [images|cascade|funnel|depth ...]
+python experiments/tables.py [images|probes|cascade|funnel|depth ...]
 """
 
 import argparse
@@ -61,6 +61,16 @@ def images() -> None:
             table(["", *map(str, WIDTHS)], body)
 
 
+def probes() -> None:
+    """Linear heads fitted to the end: MRL's prefixes, and ways to cut the full model."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows("images/results/probes.jsonl"):
+        found[row["model"].upper(), row["way"]][row["width"]].append(row["top-1"])
+    widths = sorted({width for each in found.values() for width in each})
+    body = ([f"{model}, {way}", *(spread(each[w]) for w in widths)] for (model, way), each in found.items())
+    table(["top-1", *map(str, widths)], body)
+
+
 def cascade() -> None:
     """Accuracy against expected width."""
     found: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
@@ -111,7 +121,7 @@ def depth() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made = {"images": images, "cascade": cascade, "funnel": funnel, "depth": depth}
+    made = {"images": images, "probes": probes, "cascade": cascade, "funnel": funnel, "depth": depth}
     parser.add_argument("which", nargs="*", choices=[*made, []], default=[])
     for name in parser.parse_args().which or made:
         print(f"## {name}\n")
