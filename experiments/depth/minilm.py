@@ -30,7 +30,7 @@ from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "minilm"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from run import sample, scores
+from run import Set, encoded, sample, scores
 
 import matryo as mt
 from matryo.core.records import read_retrieval, read_sts
@@ -111,25 +111,16 @@ def train(name: str, options: argparse.Namespace, pairs: Path, base: Path, teach
     return config.out
 
 
-def encoded(name: str, encoder: Any, options: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Set -> vectors of its two sides, kept beside the models."""
-    tasks: list[Any] = [read_sts(options.sts), *(read_retrieval(folder, options.split) for folder in options.retrieval)]
-    vectors = {}
-    for task in tasks:
-        kept = options.work / f"{name}-{task.name}.npz"
-        if not kept.is_file():
-            sides = (task.first, task.second) if hasattr(task, "first") else (task.queries, task.documents)
-            both = []
-            for texts in sides:
-                written = [n for n, text in enumerate(texts) if text.strip()]
-                rows = np.zeros((len(texts), encoder.width), np.float32)
-                rows[written] = encoder.vectors([texts[n] for n in written], 32, False)
-                both.append(rows)
-            np.savez(kept, *both)
-        with np.load(kept, allow_pickle=False) as pair:
-            vectors[task.name] = (pair["arr_0"], pair["arr_1"])
-        print(f"{name}: {task.name} encoded", flush=True)
-    return vectors
+class Cut:
+    """A model's first layers, trained for it or not."""
+
+    def __init__(self, model: Any, depth: int) -> None:
+        self.encoder = model.encoder.at(depth)
+        self.width = self.encoder.width
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        vectors: np.ndarray = self.encoder.vectors(texts, 32, False)
+        return vectors
 
 
 def speed(model: Any, texts: list[str], rounds: int = 9) -> float:
@@ -194,8 +185,9 @@ def main() -> None:
     models = {name: mt.load(train(name, options, pairs, begin, teacher=base), "cpu") for name in trained}
     models["start"] = mt.load(base, "cpu")
     measured = (("2d", 6), ("2d", LOW), *((name, LOW) for name in trained[1:]), ("start", 6), ("start", LOW))
+    sets = [Set(path, options.split) for path in (options.sts, *options.retrieval)]
     table = {
-        (name, depth): scores(encoded(f"{name}-{depth}", models[name].encoder.at(depth), options), options)
+        (name, depth): scores(encoded(f"{name}-{depth}", Cut(models[name], depth), sets, options), sets, options)
         for name, depth in measured
     }
     means, draws = {}, {}
