@@ -63,7 +63,7 @@ def add_own(pairs: Path, sources: list[Path], cut: int, seed: int) -> Path:
     return out
 
 
-def still(base: Path, out: Path, low: Path | None = None) -> Path:
+def without_dropout(base: Path, out: Path, low: Path | None = None) -> Path:
     """The base without dropout, which only blurs what is to be learned from a teacher; its first layers of `low`."""
     model: Any = SentenceTransformer(str(base), device="cpu")
     config = model[0].auto_model.config
@@ -81,10 +81,11 @@ def taught_low(options: argparse.Namespace, pairs: Path, base: Path) -> Path:
     start, out = options.work / "start", options.work / "low-start"
     if not out.is_dir():
         if not start.is_dir():
-            cut = Layers(SentenceTransformer(str(still(base, options.work / "still")), device="cpu")).cut(LOW)
+            plain = without_dropout(base, options.work / "without-dropout")
+            cut = Layers(SentenceTransformer(str(plain), device="cpu")).cut(LOW)
             cut.save_pretrained(str(start), create_model_card=False)
         low = train("low", options, pairs, start, teacher=base)
-        still(base, out, low)
+        without_dropout(base, out, low)
     return out
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import WIDTHS, task_of
+from tiny import WIDTHS, splits, task_of
 
-from matryo.encoders.images import read_pictures
 from matryo.evaluation.labelled import evaluate_labelled
 
 RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
@@ -37,8 +36,7 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.results.open()] if options.results.is_file() else []
     done = {(row["model"], row["seed"]) for row in rows}
-    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
-    val = read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
+    train, val = splits(options)
     for seed in range(options.seeds):
         if (options.model, seed) in done:
             continue

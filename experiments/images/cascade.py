@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import task_of
+from tiny import splits, task_of
 
 import matryo as mt
 from matryo.classify import LinearHeads, fit_heads
-from matryo.encoders.images import read_pictures
 from matryo.training import load_head
 
 RESULTS = Path(__file__).parent / "results" / "cascade.jsonl"
@@ -92,9 +91,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
-    val = read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
-    task = task_of(train, val)
+    task = task_of(*splits(options))
     labels = list(task.test_labels)
     for model in options.models:
         for seed in range(options.seeds):

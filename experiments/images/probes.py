@@ -14,27 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import task_of
+from tiny import splits, task_of
 
 from matryo.classify import fit_heads
-from matryo.core.prefix import truncate
-from matryo.encoders.images import read_pictures
+from matryo.evaluation.labelled import baseline
+from matryo.evaluation.systems import System
 
 RESULTS = Path(__file__).parent / "results" / "probes.jsonl"
 WAYS = (("mrl", "prefix"), ("ff-1024", "svd"), ("ff-1024", "select"), ("ff-1024", "prefix"))
-
-
-def cut(way: str, train: np.ndarray, others: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Both splits with their dimensions in the order of a way."""
-    if way == "select":
-        order = np.random.default_rng(seed).permutation(train.shape[1])
-        return [part[:, order] for part in (train, *others)]
-    if way == "svd":
-        unit = truncate(train, train.shape[1]).astype(np.float64)
-        _, axes = np.linalg.eigh(unit.T @ unit)
-        turn = axes[:, ::-1].astype(np.float32)
-        return [part @ turn for part in (train, *others)]
-    return [train, *others]
 
 
 def main() -> None:
@@ -46,9 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
-    val = read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
-    task = task_of(train, val)
+    task = task_of(*splits(options))
     known = [json.loads(line) for line in options.results.open()] if options.results.is_file() else []
     done = {(row["model"], row["way"], row["seed"], row["width"]) for row in known}
     for seed in range(options.seeds):
@@ -57,10 +42,11 @@ def main() -> None:
             if not left:
                 continue
             kept = [np.load(options.scratch / f"{model}-{seed}-{split}.npy") for split in ("train", "val")]
-            ours, theirs = cut(way, kept[0].astype(np.float32), [kept[1].astype(np.float32)], seed)
+            system = System(model, kept[1].astype(np.float32), kept[0].astype(np.float32), tuple(options.widths))
+            cut = system if way == "prefix" else baseline(way, system, seed)
             for width in left:
-                heads = fit_heads(ours, task.train_labels, [width])
-                found = np.array(heads.classes)[heads.logits(theirs, 0).argmax(1)]
+                heads = fit_heads(cut.second, task.train_labels, [width])
+                found = np.array(heads.classes)[heads.logits(cut.first, 0).argmax(1)]
                 row = {"model": model, "way": way, "seed": seed, "width": width}
                 row["top-1"] = float((found == np.array(task.test_labels)).mean())
                 with options.results.open("a") as file:

@@ -53,6 +53,12 @@ def config_of(kind: str, seed: int, options: argparse.Namespace) -> ImageConfig:
     )
 
 
+def splits(options: argparse.Namespace) -> tuple[Pictures, Pictures]:
+    """Training pictures and val, decoded once and kept in SCRATCH."""
+    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
+    return train, read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
+
+
 def task_of(train: Pictures, val: Pictures) -> LabelledTask:
     return LabelledTask("tiny ImageNet", *([p.classes[n] for n in p.labels] for p in (train, val)))
 
@@ -86,8 +92,7 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.results.open()] if options.results.is_file() else []
     done = {(row["model"], row["seed"], row["epochs"]) for row in rows}
-    train = read_pictures(options.data / "train.parquet", 32, cache=options.scratch)
-    val = read_pictures(options.data / "val.parquet", 32, classes=train.classes, cache=options.scratch)
+    train, val = splits(options)
 
     def report(said: Epoch) -> None:
         losses = " ".join(f"{width}:{loss:.3f}" for width, loss in said.losses.items())

@@ -82,7 +82,7 @@ def evaluate_labelled(
     chosen = check_widths(default_widths(trained, full) if widths is None else sorted({*widths, full}), full)
     model = System(name or name_of(model_or_vectors), test, train, tuple(chosen), trained)
     others = _others(task, chosen, twins, separate)
-    others += [_baseline(kind, model, seed) for kind in dict.fromkeys(baselines)]
+    others += [baseline(kind, model, seed) for kind in dict.fromkeys(baselines)]
     names = [model.name, *(system.name for system in others)]
     if model.name in names[1:] or (against is not None and against not in names[1:]):
         raise InputError(f"against={against!r} and the systems' names {names} do not fit; each name must stand once")
@@ -200,7 +200,8 @@ def nearest(
     yield from found.items()
 
 
-def _baseline(kind: str, model: System, seed: int) -> System:
+def baseline(kind: str, model: System, seed: int) -> System:
+    """One of LABELLED_BASELINES, made of the model's vectors and fitted on those of the train split."""
     if kind == "select":
         order = np.random.default_rng(seed).permutation(model.full)
         return System("random features", model.first[:, order], model.second[:, order], model.widths)
