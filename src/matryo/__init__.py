@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__version__ = "0.10.1"
+__version__ = "0.11.0"
 
 # The front door. Names resolve on first use, so that `import matryo` is quick and pulls in no torch.
 _HOME = {

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 import matryo as mt
 from matryo.classify import AdaptiveClassifier, LinearHeads, fit_heads
+from matryo.classify.heads import STRENGTHS
 from matryo.classify.page import save_page
 from matryo.classify.thresholds import frontier, levels_of, paid
 from matryo.cli import run
@@ -234,8 +237,39 @@ def test_heads_are_held_back_as_asked(tmp_path, capsys):
         assert run([*words, "--strength", strength]) == 0
         sizes.append(np.linalg.norm(AdaptiveClassifier.load(tmp_path / "out").heads.weights[-1]))
     assert sizes[0] < sizes[1]
-    assert run([*words, "--strength", "0"]) == 2
-    assert "strength must be above 0" in capsys.readouterr().err
+    assert run([*words, "--strength", "auto"]) == 0
+    for wrong in ("0", "nan", "much"):
+        assert run([*words, "--strength", wrong]) == 2
+        assert "above 0" in capsys.readouterr().err
+
+
+def test_an_accuracy_of_one_may_be_asked_for_and_not_promised():
+    sure = np.repeat(np.eye(2, dtype=np.float32), 20, axis=0), [0] * 20 + [1] * 20
+    assert AdaptiveClassifier.fit(*sure, sure, target=1.0).measure(*sure).accuracy == 1
+    for wrong in ({"target": 1.0, "promised": 0.9}, {"target": 1.1}, {"target": float("nan")}, {"target": 0}):
+        with pytest.raises(InputError, match="target is an accuracy between 0 and 1"):
+            AdaptiveClassifier.fit(*sure, sure, **wrong)
+
+
+def test_a_strength_of_each_width_chosen_on_held_out_rows():
+    """Slow twin: every strength is tried, and log losses are scikit-learn's."""
+    vectors, labels = TRAIN[0], np.array(TRAIN[1])
+    rest, part = np.split(np.random.default_rng(0).permutation(len(labels)), [len(labels) // 5])
+    made = fit_heads(*TRAIN, WIDTHS, strength=None)
+    for level, width in enumerate(WIDTHS):
+        losses = {}
+        for strength in STRENGTHS:
+            heads = fit_heads(vectors[part], labels[part], [width], strength)
+            chances = softmax(heads.logits(vectors[rest], 0), axis=1)
+            losses[strength] = log_loss(labels[rest].astype(str), chances, labels=heads.classes)
+        best = min(losses, key=losses.get)
+        np.testing.assert_allclose(made.weights[level], fit_heads(*TRAIN, [width], best).weights[0], atol=1e-6)
+
+
+def test_a_strength_is_chosen_where_held_out_rows_have_no_class_in_common():
+    vectors, labels = np.eye(10, dtype=np.float32), list("abcdefghij")
+    made, plain = (fit_heads(vectors, labels, [10], **how) for how in ({"strength": None}, {}))
+    np.testing.assert_array_equal(made.weights[0], plain.weights[0])
 
 
 def test_the_command_line_fits_and_predicts(tmp_path, capsys):

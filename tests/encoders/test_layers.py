@@ -76,6 +76,52 @@ def test_what_is_served_is_what_is_trained(build, name, tmp_path):
     assert layers.count == Layers(model).count == 4, "the whole encoder is as it was"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_chosen_layers_are_run_in_the_order_given(build, name, tmp_path):
+    """Slow twin: the same layers put into the encoder by hand; and what is saved is what was chosen."""
+    model = build(name)
+    layers = Layers(model)
+    chosen = layers.choose([1, 4, 3])
+    torch.testing.assert_close(run(layers.choose([1, 2, 3, 4])), run(model), rtol=0, atol=0)
+    torch.testing.assert_close(run(layers.choose([1, 2])), run(layers.cut(2)), rtol=0, atol=0)
+    chosen.save_pretrained(str(tmp_path / "chosen"))
+    again = SentenceTransformerEncoder.load(str(tmp_path / "chosen"), "cpu")
+    assert again.layers.count == 3
+    made = run(chosen).detach()
+    np.testing.assert_allclose(again.vectors(TEXTS), made.numpy(), atol=1e-6)
+    own = {tensor.data_ptr() for tensor in model.parameters()}
+    assert not any(tensor.data_ptr() in own for tensor in chosen.parameters()), "training it leaves the base as it was"
+    blocks = model[0].auto_model.get_submodule(layers._place)
+    blocks[1], blocks[2] = blocks[3], blocks[2]
+    del blocks[3]
+    torch.testing.assert_close(run(model).detach(), made, rtol=0, atol=1e-6)
+
+
+def test_a_layer_may_be_chosen_twice_with_weights_of_its_own(build):
+    model = build("BertConfig")
+    chosen = Layers(model).choose([1, 4, 3, 4])
+    first, second = (chosen[0].auto_model.encoder.layer[n] for n in (1, 3))
+    for name, one in first.named_parameters():
+        other = second.get_parameter(name)
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "said"),
+    [
+        ("BertConfig", [], "layers must name at least one of the encoder's 4"),
+        ("BertConfig", [1, 5], r"a layer must be a whole number in 1..4, the encoder's layers; got 5"),
+        ("BertConfig", [0], "got 0"),
+        ("T5Config", [2, 4], r"T5EncoderModel does not take its layers in the order \[2, 4\]: .* keep it where it was"),
+        ("ModernBertConfig", [1, 1], "keep it where it was, and once"),
+    ],
+)
+def test_layers_that_cannot_be_chosen_are_refused(build, name, layers, said):
+    with pytest.raises(InputError, match=said):
+        Layers(build(name)).choose(layers)
+
+
 @pytest.mark.parametrize("name", PRE_NORM)
 def test_a_pre_norm_encoder_is_normed_after_any_depth(build, name):
     """The norm at the end of the whole encoder is part of every depth: without it the vectors are others."""

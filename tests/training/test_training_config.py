@@ -141,6 +141,16 @@ def test_resume_as_another_run_names_what_changed(interrupted, config, debian_ro
     assert sorted(path.stat().st_mtime_ns for path in made.out.rglob("*")) == before
 
 
+def test_a_run_of_a_version_without_a_setting_goes_on(interrupted):
+    made = interrupted()
+    path = made.out / "checkpoints" / "run.json"
+    kept = json.loads(path.read_text())
+    del kept["config"]["layers"]
+    path.write_text(json.dumps(kept, indent=2))
+    assert train(made, resume=True).nesting is not None
+    assert not path.exists()
+
+
 def _stop(step) -> None:
     if step.step == 3:
         raise RuntimeError("stopped by the test")

@@ -13,6 +13,7 @@ from matryo.core.depths import DepthNesting, DepthSampler
 from matryo.core.errors import InputError
 from matryo.core.records import Retrieval
 from matryo.encoders import load
+from matryo.encoders.layers import Layers
 from matryo.encoders.sentence_transformer import SentenceTransformerEncoder
 from matryo.encoders.smaller import export_smaller
 from matryo.losses import nested_distill, nested_info_nce
@@ -115,7 +116,7 @@ def test_the_folder_says_its_depths_and_encodes_at_each(two_depths, base):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(config):
-    options = {"depths": {"depths": (1, 2, 4), "sample": 2}, "save_steps": 2}
+    options = {"depths": {"depths": (1, 2, 4), "sample": 2}, "layers": (1, 4, 3, 4), "save_steps": 2}
     whole = train(config("whole", **options))
 
     class StoppedError(Exception):
@@ -137,9 +138,23 @@ def test_losses_of_every_depth_are_reported(config):
     assert {"depth 1", "depth 2", "depth 3", "depth 4"} <= set(seen)
 
 
+def test_training_starts_from_chosen_layers(config, base):
+    """At a rate of next to nothing what is written is what was chosen."""
+    options = {"layers": (1, 4, 3), "depths": (2, 3), "learning_rate": 1e-12, "max_steps": 1}
+    model = train(config("chosen", **options))
+    assert model.depths == (2, 3)
+    chosen = Layers(SentenceTransformerEncoder.load(str(base), "cpu").model).choose((1, 4, 3))
+    np.testing.assert_allclose(model.encode(TEXTS), chosen.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(model.encode(TEXTS, depth=2), Layers(chosen).cut(2).encode(TEXTS), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"layers": (1, 5)}, "a layer must be a whole number in 1..4, the encoder's layers; got 5"),
+        ({"layers": ()}, "layers"),
+        ({"layers": (1, 3), "depths": (2, 4)}, "the depths end at 4 but the encoder has 2 layers"),
+        ({"layers": (1, 3), "base": None}, "a static encoder has no layers"),
         ({"depths": (2, 6)}, "the depths end at 6 but the encoder has 4 layers; end them with 4"),
         ({"depths": (2, 3)}, "the depths end at 3 but the encoder has 4 layers"),
         ({"depths": {"depths": (2, 4), "widths": ((8,), (8, 16))}}, "the last depth must train the full width 32"),
@@ -244,6 +259,11 @@ def test_command_line_takes_depths(base, pairs_file, tmp_path, capsys):
         out = tmp_path / str(n)
         assert run([*common, "--max-steps", "1", "--depths", text, "--out", str(out)]) == 0
         assert load(out).depths == expected
+    chosen = ["--layers", "1,4", "--depths", "1,2", "--max-steps", "1", "--out", str(tmp_path / "chosen")]
+    assert run([*common, *chosen]) == 0
+    assert load(tmp_path / "chosen").encoder.layers.count == 2
+    assert run([*common, "--layers", "1,x", "--out", str(tmp_path / "no")]) == 2
+    assert "--layers takes numbers" in capsys.readouterr().err
     assert run([*common, "--depths", "two", "--out", str(tmp_path / "no")]) == 2
     assert "--depths takes numbers" in capsys.readouterr().err
 

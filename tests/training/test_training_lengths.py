@@ -1,11 +1,14 @@
 """Texts of like length together: the same embeddings and gradients with less padding; batches of neighbours."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 import matryo as mt
@@ -13,7 +16,7 @@ from matryo.core.errors import InputError
 from matryo.losses import nested_distill
 from matryo.training import TrainConfig, train
 from matryo.training.data import NeighbourBatches
-from matryo.training.lengths import FEWEST, alike, by_length, embed_alike, trimmed
+from matryo.training.lengths import alike, by_length, cheapest_parts, embed_alike, trimmed
 from matryo.training.objective import NestedObjective, Part
 
 NESTING = mt.Nesting([8, 32])
@@ -41,10 +44,26 @@ def test_parts_of_like_length_are_embedded_as_the_whole_batch_with_less_padding(
     found = embed_alike(run, features)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
     assert sum(rows for rows, _ in seen) == len(TEXTS)
-    assert all(rows >= FEWEST for rows, _ in seen[:-1])
     real = int(features["attention_mask"].sum())
     assert real <= sum(rows * length for rows, length in seen) < 0.85 * features["attention_mask"].numel()
     assert features["attention_mask"].shape == model.preprocess(TEXTS)["attention_mask"].shape, "the caller's are kept"
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(0, 200))
+@settings(deadline=None)
+def test_parts_are_the_cheapest_of_all_ways_to_cut(lengths, call):
+    """Slow twin: every way to cut the rows, counted."""
+    rows = np.sort(lengths)[::-1]
+    parts = cheapest_parts(rows, call)
+    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == len(rows)
+
+    def cost(ends):
+        return sum((end - begin) * rows[begin] + call for begin, end in itertools.pairwise([0, *ends]))
+
+    places = range(1, len(rows))
+    ways = itertools.chain.from_iterable(itertools.combinations(places, n) for n in range(len(rows)))
+    assert cost([end for _, end in parts]) == min(cost([*way, len(rows)]) for way in ways)
 
 
 @pytest.mark.parametrize("size", [None, 7])
@@ -57,6 +76,17 @@ def test_the_objective_has_the_gradient_of_whole_padded_batches(model, size):
     objective(model, size)(columns, None)[0].backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision_runs_the_model_in_it_and_gives_float32(model):
+    columns = [model.preprocess(TEXTS[:25])]
+    exact = objective(model).embed(columns)[0]
+    made = NestedObjective(model, NESTING, {"a": Part("info_nce", {}, NESTING)}, bfloat16=True)
+    (mixed,) = made.embed(columns)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mixed, embed_alike(model, columns[0]).float(), rtol=0, atol=0)
+    assert mixed.dtype == torch.float32
+    assert 1e-5 < (mixed - exact).abs().max() < 0.02
 
 
 def test_padding_on_the_left_and_features_of_other_kinds_stay_as_they_are():

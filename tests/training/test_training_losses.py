@@ -10,6 +10,7 @@ import matryo as mt
 from matryo import losses
 from matryo.core.errors import DamagedError, InputError
 from matryo.training import DataConfig, StaticConfig, TrainConfig, load_head, train
+from matryo.training.data import Teacher, read_sets
 from matryo.training.objectives import RECIPES, check_arguments
 
 WIDTHS = [8, 16, 32]
@@ -103,6 +104,15 @@ def test_head_that_is_resumed_ends_with_the_same_bits(config, row_files, interru
     train(config("whole", **options))
     for file in ("model.safetensors", "head.safetensors"):
         assert (made.out / file).read_bytes() == (config("whole").out / file).read_bytes()
+
+
+def test_a_teacher_in_mixed_precision_says_nearly_the_same(row_files, small_bert):
+    (rows,) = read_sets([DataConfig(path=row_files["texts"], loss="distill", teacher=str(small_bert))])
+    exact, mixed = Teacher(rows).vectors, Teacher(rows, bfloat16=True).vectors
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=0.02)
+    assert torch.nn.functional.cosine_similarity(mixed, exact).min() > 0.999
 
 
 def test_teacher_of_vectors_is_a_teacher_by_name(config, row_files, tmp_path):

@@ -104,7 +104,7 @@ class AdaptiveClassifier:
         target: float | None = None,
         promised: float | None = None,
         confidence: str = "softmax",
-        strength: float = STRENGTH,
+        strength: float | None = STRENGTH,
     ) -> "AdaptiveClassifier":
         """Fit heads on vectors and labels, and thresholds on a calibration split that the heads have not seen.
 
@@ -118,8 +118,9 @@ class AdaptiveClassifier:
             promised: with this confidence (say 0.95) the expected accuracy on new items is at least `target`. A random
                 half of the calibration split then makes the ladder, the other tests it from its dearest rung down
                 until one fails (fixed-sequence testing; Angelopoulos et al., Learn then test, arXiv 2110.01052).
-            strength: of `fit_heads`; not looked at where `heads` are given. Dimensions that say much the same ask for
-                more: with too little, widths that hold the same differ, and nothing stops early.
+            strength: of `fit_heads`, None for the best of each width; not looked at where `heads` are given. Dimensions
+                that say much the same ask for more: with too little, widths that hold the same differ, and nothing
+                stops early.
 
         Raises:
             InputError: what does not fit; a target that cannot be reached or, with `promised`, not be shown.
@@ -129,8 +130,8 @@ class AdaptiveClassifier:
             raise InputError(f"calibration: {len(known)} vectors but {len(names)} labels; give one for each")
         if promised is not None and not 0 < promised < 1:
             raise InputError(f"promised must lie between 0 and 1, got {promised}; 0.95 is usual")
-        if target is not None and not 0 < target < 1:
-            raise InputError(f"target is an accuracy between 0 and 1, got {target}")
+        if target is not None and not (0 < target < 1 or (target == 1 and promised is None)):
+            raise InputError(f"target is an accuracy between 0 and 1 (below 1 where it is promised), got {target}")
         if heads is None:
             full = known.shape[1]
             powers = [1 << n for n in range(3, full.bit_length()) if 1 << n < full]

@@ -24,6 +24,11 @@ TOLERANCE = 1e-6
 """Of the largest partial derivative. Stopping earlier costs wide prefixes more than narrow ones."""
 STRENGTH = 10.0
 """Inverse weight of the squared length of the head (scikit-learn's C) on prefixes of unit length."""
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+"""Tried where it is chosen."""
+HELD_OUT = 5
+"""One in so many rows judges a strength."""
+SEED = 0
 
 
 log = logging.getLogger("matryo.classify")
@@ -100,7 +105,7 @@ def fit_heads(
     vectors_ND: Float32s,
     labels: Sequence[Any],
     widths: Sequence[int],
-    strength: float = STRENGTH,
+    strength: float | None = STRENGTH,
     iterations: int = 1000,
 ) -> LinearHeads:
     """Multinomial logistic regression on each renormalised prefix, by L-BFGS (scikit-learn).
@@ -109,7 +114,9 @@ def fit_heads(
         vectors_ND: (N, D) training vectors.
         labels: N classes, text or whole numbers; at least two different ones.
         widths: rising, inside 1..D.
-        strength: inverse weight of the penalty on the head's squared length.
+        strength: inverse weight of the penalty on the head's squared length. With None each width has the one of
+            STRENGTHS whose head on four fifths of the rows gives the rest the least log loss: where dimensions say much
+            the same, a wide head does with less than a narrow one. It takes several times as long.
         iterations: at most so many steps a width. A head that has not converged by then is kept, with a warning in the
             log: it is a classifier, but no longer the one that another run or library would give.
 
@@ -124,11 +131,41 @@ def fit_heads(
     classes, targets = np.unique(names, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"all labels are {names[0]!r}; a classifier needs at least two classes")
-    if not strength > 0:
-        raise InputError(f"strength must be above 0, got {strength}")
-    fitted = [_logistic(truncate(vectors, width), targets, strength, iterations) for width in chosen]
+    check_strength(strength)
+    fitted = []
+    for width in chosen:
+        prefix = truncate(vectors, width)
+        held = _best_strength(prefix, targets, iterations) if strength is None else strength
+        fitted.append(_logistic(prefix, targets, held, iterations))
     weights, biases = zip(*fitted, strict=True)
     return LinearHeads(tuple(chosen), tuple(str(c) for c in classes), weights, biases)
+
+
+def check_strength(strength: float | None) -> None:
+    """Raise InputError unless `fit_heads` takes it."""
+    if strength is not None and not strength > 0:
+        raise InputError(f"strength must be above 0, got {strength}")
+
+
+def _best_strength(prefix_Nd: Float32s, targets_N: NDArray[np.int64], iterations: int) -> float:
+    """The first of STRENGTHS after which the log loss of held-out rows rises."""
+    order = np.random.default_rng(SEED).permutation(len(targets_N))
+    rest, part = np.split(order, [len(order) // HELD_OUT])
+    known, places = np.unique(targets_N[part], return_inverse=True)
+    rest = rest[np.isin(targets_N[rest], known)]
+    if len(known) < 2 or not len(rest):
+        return STRENGTH
+    right = np.searchsorted(known, targets_N[rest])
+    best, least = STRENGTH, np.inf
+    for strength in STRENGTHS:
+        weight, bias = _logistic(prefix_Nd[part], places, strength, iterations)
+        logits = (prefix_Nd[rest] @ weight.T + bias).astype(np.float64)
+        loss = float((np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(rest)), right]).mean())
+        if loss >= least:
+            break
+        best, least = strength, loss
+    log.info("width %d: strength %g, log loss %.4f of held-out rows", prefix_Nd.shape[1], best, least)
+    return best
 
 
 def _logistic(

@@ -30,7 +30,10 @@ def fit(
     widths: Annotated[str | None, typer.Option(help="Widths, such as 8,32,128; doubling from 8 if unset.")] = None,
     target: Annotated[float | None, typer.Option(help="Accuracy to keep; the full head's if unset.")] = None,
     promised: Annotated[float | None, typer.Option(help="Keep it on new items with this confidence.")] = None,
-    strength: Annotated[float, typer.Option(help="Inverse weight of the penalty on the heads' squared length.")] = 10.0,
+    strength: Annotated[
+        str,
+        typer.Option(help="Inverse weight of the penalty on the heads' squared length; 'auto': best of each width."),
+    ] = "10",
     as_json: Json = False,
 ) -> None:
     """Fit a head per width, and thresholds at which a text needs no wider one.
@@ -41,11 +44,12 @@ def fit(
     from matryo.classify import AdaptiveClassifier
     from matryo.core.records import read_labelled
 
+    chosen, held_back = numbers(widths), _strength(strength)
     encoder, rows, held = load(model), read_labelled(train), read_labelled(calibration)
     seen = (encoder.encode(held.texts), held.labels)
     made = AdaptiveClassifier.fit(
         encoder.encode(rows.texts), rows.labels, seen,
-        widths=numbers(widths), target=target, promised=promised, strength=strength,
+        widths=chosen, target=target, promised=promised, strength=held_back,
     )  # fmt: skip
     made.save(out)
     found = made.measure(*seen)
@@ -56,6 +60,18 @@ def fit(
             f"wrote {out}: on the calibration rows accuracy {found.accuracy:.4f} at {found.expected_width:.1f} "
             f"dimensions read a text (last prefix {found.last_width:.1f}) of {made.heads.full}"
         )
+
+
+def _strength(text: str) -> float | None:
+    """A number above 0, or None for 'auto'."""
+    from matryo.classify.heads import check_strength
+
+    try:
+        given = None if text == "auto" else float(text)
+    except ValueError as error:
+        raise InputError(f"--strength takes a number above 0 or 'auto', got {text!r}") from error
+    check_strength(given)
+    return given
 
 
 @app.command()

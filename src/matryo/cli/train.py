@@ -109,6 +109,7 @@ def train(
     depths: Annotated[
         str | None, typer.Option(help="Layers to train too: 2,4,6 or 'all', or '{depths: [3, 6], sample: 2}'.")
     ] = None,
+    layers: Annotated[str | None, typer.Option(help="Start from these layers of the base, such as 1,3,6.")] = None,
     lora: Annotated[str | None, typer.Option(help="Rank of adapters, or '{r: 16, alpha: 32}'.")] = None,
     rotate: Annotated[str | None, typer.Option(help="Turn the base's vectors first: learned, pca or none.")] = None,
     blend: Annotated[float | None, typer.Option(help="Share of the trained weights; the rest is the base's.")] = None,
@@ -176,6 +177,7 @@ def _settings(given: dict[str, Any], config: Path | None) -> "TrainConfig":
         "loss_args": loss_arguments(given.pop("loss_arg", [])) or None,
         "data": data_sets(given.pop("data", [])) or None,
         "depths": _depths(given.pop("depths", None)),
+        "layers": numbers(given.pop("layers", None), what="layers"),
         "lora": mapping(given.pop("lora"), "lora") if "lora" in given else None,
     }
     if str(given.get("best", "")).isdecimal():

@@ -60,13 +60,51 @@ class Layers:
         backbone = low[0].auto_model
         parent, _, name = self._place.rpartition(".")
         setattr(backbone.get_submodule(parent), name, nn.ModuleList(list(backbone.get_submodule(self._place))[:depth]))
-        _shorten(backbone.config, self.count, depth)
+        _shorten(backbone.config, self.count, range(1, depth + 1))
         return low
 
-    def check(self, depth: int) -> int:
+    def choose(self, layers: Sequence[int]) -> Any:
+        """A new model of some of the blocks, with weights of its own: a start for training, as it has no use before.
+
+        The last block knows how to end an encoder: a start that keeps it (1, 3, 6 of 6) is far ahead of the first ones.
+        The new encoder is made from its configuration, as it will be when it is loaded.
+
+        Args:
+            layers: blocks in the order they are to have, counted from 1; one may be named several times.
+
+        Raises:
+            InputError: no layers, one outside 1..count, or one with weights that its new place has none for.
+        """
+        if not layers:
+            raise InputError(f"layers must name at least one of the encoder's {self.count}")
+        for layer in layers:
+            self.check(layer, "a layer")
+        backbone = self.model[0].auto_model
+        config = copy.deepcopy(backbone.config)
+        _shorten(config, self.count, layers)
+        weights = {}
+        for name, value in backbone.state_dict().items():
+            number, _, rest = name.removeprefix(f"{self._place}.").partition(".")
+            if not name.startswith(f"{self._place}."):
+                weights[name] = value
+            else:
+                places = [place for place, layer in enumerate(layers) if layer == int(number) + 1]
+                weights.update({f"{self._place}.{place}.{rest}": value for place in places})
+        chosen = type(backbone)(config)
+        try:
+            chosen.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"{type(backbone).__name__} does not take its layers in the order {list(layers)}: one of them has "
+                "weights that others have not (often the first); keep it where it was, and once"
+            ) from error
+        model = copy.deepcopy(self.model, {id(backbone): chosen.to(backbone.device, backbone.dtype)})
+        return model.train(self.model.training)
+
+    def check(self, depth: int, what: str = "depth") -> int:
         """`depth`, if the encoder has as many blocks."""
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= self.count:
-            raise InputError(f"depth must be a whole number in 1..{self.count}, the encoder's layers; got {depth!r}")
+            raise InputError(f"{what} must be a whole number in 1..{self.count}, the encoder's layers; got {depth!r}")
         return depth
 
     def embeddings(self, features: dict[str, Any], depths: Sequence[int]) -> Tensor:
@@ -175,14 +213,14 @@ def _place_of_blocks(backbone: Any) -> str:
     return place
 
 
-def _shorten(config: Any, count: int, depth: int) -> None:
-    """Say the new number of blocks, and leave out what the configuration says of the others."""
+def _shorten(config: Any, count: int, layers: Sequence[int]) -> None:
+    """Say the new number of blocks, and of each what the configuration said of the one it was."""
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == count and name.startswith("layer"):
-            setattr(config, name, type(value)(value[:depth]))
+            setattr(config, name, type(value)(value[layer - 1] for layer in layers))
     for name in COUNTS:
         if getattr(config, name, None) == count:
-            setattr(config, name, depth)
+            setattr(config, name, len(layers))
 
 
 def _into(seen: dict[int, Any], depth: int) -> Callable[[nn.Module, Any, Any], None]:

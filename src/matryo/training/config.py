@@ -148,6 +148,11 @@ class TrainConfig(_Checked):
     depths: DepthConfig | None = Field(
         None, description="Train several depths (layers) too: a list of them, 'all', or a mapping."
     )
+    layers: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Start from these layers of the base, in this order, counted from 1; all if unset.",
+    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     rotate: Literal["none", "pca", "learned"] = Field(
         "none",
@@ -165,7 +170,9 @@ class TrainConfig(_Checked):
         0.1, ge=0, lt=1, description="Share of all steps in which the rate rises; then it falls to 0."
     )
     weight_decay: float = Field(0.0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of products in training, and of a teacher that is a model; weights stay in float32."
+    )
     dev: Path | None = Field(None, description="Retrieval folder, STS file or pairs file, measured while training.")
     dev_split: str = Field("dev", description="Which judgements of a retrieval folder.")
     metric: str = Field("nDCG@10", description="Retrieval metric on the dev set.")
@@ -209,6 +216,8 @@ class TrainConfig(_Checked):
             raise ValueError("lora adapts a transformer; name one as base")
         if self.depths is not None and self.base is None:
             raise ValueError("a static encoder has no layers; depths are for a transformer: name one as base")
+        if self.layers is not None and self.base is None:
+            raise ValueError("a static encoder has no layers; layers are chosen of a transformer: name one as base")
         if self.depths is not None and self.depths.widths is not None and self.sample_widths is not None:
             raise ValueError("depths with widths of their own and sample_widths both choose the widths; drop one")
         if self.rotate != "none" and self.base is None:

@@ -270,8 +270,8 @@ class NeighbourBatches(DefaultBatchSampler):
 class Teacher:
     """Another model's vectors of a data set's texts, made once."""
 
-    def __init__(self, rows: Rows) -> None:
-        """Embed every distinct text, or read the file of vectors that `teacher` names.
+    def __init__(self, rows: Rows, bfloat16: bool = False) -> None:
+        """Embed every distinct text, in mixed precision if asked, or read the file of vectors that `teacher` names.
 
         Raises:
             InputError: a file that has not one vector for each row, or no such model.
@@ -290,7 +290,10 @@ class Teacher:
             number = {text: n for n, text in enumerate(distinct)}
             self.places = [np.array([number[text] for text in column]) for column in rows.columns.values()]
             # As long as the model gives them: a teacher whose scores are dot products keeps them.
-            vectors = load(name).encoder.vectors(list(distinct), 64, False)
+            encoder = load(name).encoder
+            device = torch.device(getattr(getattr(encoder, "model", None), "device", "cpu")).type
+            with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+                vectors = encoder.vectors(list(distinct), 64, False)
         self.vectors = torch.from_numpy(np.array(vectors))
 
     def neighbourhoods(self, fewest: int) -> list[NDArray[np.intp]]:

@@ -139,8 +139,10 @@ class NestedObjective(nn.Module):
         sampler: WidthSampler | None = None,
         mini_batch_size: int | None = None,
         depths: DepthNesting | DepthSampler | None = None,
+        bfloat16: bool = False,
     ) -> None:
         """Train `model` at the widths of `nesting`, or at those that `sampler` draws for each step; so too the depths.
+        With `bfloat16` it is run in mixed precision; losses are in float32 all the same.
 
         Raises:
             InputError: depths of an encoder that has others, or whose layers cannot be cut; fixed pairs of depth and
@@ -155,6 +157,7 @@ class NestedObjective(nn.Module):
         self.sampler = sampler
         self.mini_batch_size = mini_batch_size
         self.depths = depths
+        self.mixed = bfloat16
         self.layers = None if depths is None else Layers(model)
         if depths is not None and self.layers is not None:
             self._check_depths(depths.depths if isinstance(depths, DepthSampler) else depths, self.layers.count)
@@ -208,7 +211,9 @@ class NestedObjective(nn.Module):
             return list(merged["sentence_embedding"].split(sizes))
         run: Any = self.model if depths is None or self.layers is None else self.layers.runner(depths.depths)
         if self.mini_batch_size is None:
-            return [embed_alike(run, f) for f in features]
+            # One region for all calls: each of its own would cast every weight again.
+            with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.mixed):
+                return [embed_alike(run, f).float() for f in features]
         ordered, size = [by_length(f) for f in features], self.mini_batch_size
         short: Any = partial(_run_trimmed, run)
         columns = cached_embeddings(short, [f for f, _ in ordered], mini_batch_size=size)

@@ -124,7 +124,8 @@ class _Run:
             self.identity["processes"] = processes.count()
         self.objective = self._objective()
         taught = self.sets if config.epochs else []
-        self.teachers = {rows.name: Teacher(rows) for rows in taught if rows.config.teacher}
+        half = config.precision == "bfloat16"
+        self.teachers = {rows.name: Teacher(rows, half) for rows in taught if rows.config.teacher}
         self.dataset, self.collator = self._data()
         self._check_identity(resume)
 
@@ -168,6 +169,8 @@ class _Run:
         """The base, turned by these texts; without texts, with the layers that turned weights go into."""
         config = self.config
         model: SentenceTransformer = SentenceTransformerEncoder.load(base, config.device).model
+        if config.layers is not None:
+            model = Layers(model).choose(config.layers)
         if config.rotate != "none":
             nesting = config.nesting(int(model.get_embedding_dimension() or 0))
             add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
@@ -200,7 +203,8 @@ class _Run:
         depths: DepthNesting | DepthSampler | None = self.depths
         if self.depths is not None and config.depths is not None and config.depths.sample is not None:
             depths = DepthSampler(self.depths, config.depths.sample, config.seed)
-        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, depths)
+        half = config.precision == "bfloat16"
+        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, depths, half)
 
     def _part(self, rows: Rows) -> Part:
         arguments = dict(rows.config.loss_args)
@@ -219,6 +223,8 @@ class _Run:
                 before = json.loads(path.read_text())
             except (OSError, ValueError) as error:
                 raise DamagedError(f"{path} cannot be read ({error}); choose another folder and start anew") from error
+            # What a version before ours did not know of was unset then.
+            before["config"] = {key: before["config"].get(key) for key in self.identity["config"]} | before["config"]
             if before != json.loads(text):
                 changed = [k for k, v in self.identity["config"].items() if before["config"].get(k) != v]
                 changed += [k for k in self.identity.keys() | before.keys() if before.get(k) != self.identity.get(k)]
