@@ -100,6 +100,7 @@ def main() -> None:
             parts, whole = halves(vectors, labels), accuracy(trained, vectors, labels)
             for lost in LOST:
                 row = {"model": model, "seed": seed, "heads": options.heads, "lost": lost}
+                row |= {"strength": "of each width"} if options.heads == "fitted" else {}
                 row |= measured(heads, parts, lost) | {"trained_full": whole}
                 print(json.dumps(row), flush=True)
                 with options.results.open("a") as file:
