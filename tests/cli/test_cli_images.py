@@ -71,6 +71,8 @@ def test_broken_pictures_are_told(cli, folder, tmp_path):
     [
         (("--task", "sort"), "--task must be classify or contrast, got 'sort'"),
         (("--task", "classify", "--temperature", "0.1"), "--temperature: not for pictures"),
+        (("--task", "classify", "--precision", "half"), "precision must be float32 or bfloat16, got 'half'"),
+        (("--task", "classify", "--warmup", "2"), "warmup in 0..1"),
         (("--task", "classify", "--picture", "{colour: red}"), "--picture takes size, pooling"),
         (("--task", "classify", "--picture", "{model_type: none}"), "model_type must be one of resnet"),
         (("--task", "classify", "--loss-arg", "beta=1"), "--loss-arg beta: with pictures it is tied"),

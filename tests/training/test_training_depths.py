@@ -155,6 +155,8 @@ def test_training_starts_from_chosen_layers(config, base):
         ({"layers": ()}, "layers"),
         ({"layers": (1, 3), "depths": (2, 4)}, "the depths end at 4 but the encoder has 2 layers"),
         ({"layers": (1, 3), "base": None}, "a static encoder has no layers"),
+        ({"layers": (1, 3), "rotate": "learned"}, "turn the base first"),
+        ({"layers": (1, 3), "blend": 0.5}, "chosen layers mean little before they are trained"),
         ({"depths": (2, 6)}, "the depths end at 6 but the encoder has 4 layers; end them with 4"),
         ({"depths": (2, 3)}, "the depths end at 3 but the encoder has 4 layers"),
         ({"depths": {"depths": (2, 4), "widths": ((8,), (8, 16))}}, "the last depth must train the full width 32"),
@@ -259,7 +261,18 @@ def test_command_line_takes_depths(base, pairs_file, tmp_path, capsys):
         out = tmp_path / str(n)
         assert run([*common, "--max-steps", "1", "--depths", text, "--out", str(out)]) == 0
         assert load(out).depths == expected
-    chosen = ["--layers", "1,4", "--depths", "1,2", "--max-steps", "1", "--out", str(tmp_path / "chosen")]
+    chosen = [
+        "--layers",
+        "1,4",
+        "--depths",
+        "1,2",
+        "--precision",
+        "bfloat16",
+        "--max-steps",
+        "1",
+        "--out",
+        str(tmp_path / "chosen"),
+    ]
     assert run([*common, *chosen]) == 0
     assert load(tmp_path / "chosen").encoder.layers.count == 2
     assert run([*common, "--layers", "1,x", "--out", str(tmp_path / "no")]) == 2

@@ -12,11 +12,9 @@ if TYPE_CHECKING:
     from matryo.encoders.images import Pictures
     from matryo.training.images import Epoch, ImageConfig
 
-TAKEN = ("out", "base", "widths", "dim", "loss", "loss_arg", "epochs", "batch_size", "learning_rate", "seed", "config")
-PLAIN = (
-    *("epochs", "batch_size", "learning_rate", "seed"),
-    *("per_class", "warmup", "weight_decay", "padding", "flip", "precision"),  # in a file alone
-)
+SHARED = ("epochs", "batch_size", "learning_rate", "seed", "precision", "warmup", "weight_decay")
+TAKEN = ("out", "base", "widths", "dim", "loss", "loss_arg", *SHARED, "config")
+PLAIN = (*SHARED, "per_class", "padding", "flip")  # the last three in a file alone
 """What goes to the configuration as it is given."""
 BACKBONES: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"},

@@ -218,6 +218,13 @@ class TrainConfig(_Checked):
             raise ValueError("a static encoder has no layers; depths are for a transformer: name one as base")
         if self.layers is not None and self.base is None:
             raise ValueError("a static encoder has no layers; layers are chosen of a transformer: name one as base")
+        if self.layers is not None and self.rotate != "none":
+            raise ValueError(
+                "chosen layers mean little before they are trained, and rotate turns what a model gives already; turn "
+                "the base first (rotate, epochs 0), and choose layers of what that writes"
+            )
+        if self.layers is not None and self.blend < 1:
+            raise ValueError("blend goes back towards the start, and chosen layers mean little before they are trained")
         if self.depths is not None and self.depths.widths is not None and self.sample_widths is not None:
             raise ValueError("depths with widths of their own and sample_widths both choose the widths; drop one")
         if self.rotate != "none" and self.base is None:

@@ -73,6 +73,8 @@ class ImageConfig:
             raise InputError("epochs must be at least 1, batch_size and per_class at least 2")
         if not (self.learning_rate > 0 and 0 <= self.warmup < 1 and self.weight_decay >= 0):
             raise InputError("learning_rate must be above 0, warmup in 0..1 and weight_decay not below 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         if self.tied and self.loss != "cross_entropy":
             raise InputError(f"tied is for the heads of cross_entropy; {self.loss} has none")
 
