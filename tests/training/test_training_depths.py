@@ -152,7 +152,7 @@ def test_training_starts_from_chosen_layers(config, base):
     ("options", "said"),
     [
         ({"layers": (1, 5)}, "a layer must be a whole number in 1..4, the encoder's layers; got 5"),
-        ({"layers": ()}, "layers"),
+        ({"layers": ()}, "layers must name at least one of the encoder's 4"),
         ({"layers": (1, 3), "depths": (2, 4)}, "the depths end at 4 but the encoder has 2 layers"),
         ({"layers": (1, 3), "base": None}, "a static encoder has no layers"),
         ({"layers": (1, 3), "rotate": "learned"}, "turn the base first"),

@@ -149,9 +149,7 @@ class TrainConfig(_Checked):
         None, description="Train several depths (layers) too: a list of them, 'all', or a mapping."
     )
     layers: tuple[int, ...] | None = Field(
-        None,
-        min_length=1,
-        description="Start from these layers of the base, in this order, counted from 1; all if unset.",
+        None, description="Start from these layers of the base, in this order, counted from 1; all if unset."
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     rotate: Literal["none", "pca", "learned"] = Field(

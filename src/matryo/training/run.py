@@ -103,6 +103,7 @@ class _Run:
     def __init__(self, config: TrainConfig, resume: bool) -> None:
         self.config = config
         self.work = config.out / "checkpoints"
+        self.mixed = config.precision == "bfloat16"
         self.finished = self._check_out(resume)
         if self.finished:
             return
@@ -124,8 +125,7 @@ class _Run:
             self.identity["processes"] = processes.count()
         self.objective = self._objective()
         taught = self.sets if config.epochs else []
-        half = config.precision == "bfloat16"
-        self.teachers = {rows.name: Teacher(rows, half) for rows in taught if rows.config.teacher}
+        self.teachers = {rows.name: Teacher(rows, self.mixed) for rows in taught if rows.config.teacher}
         self.dataset, self.collator = self._data()
         self._check_identity(resume)
 
@@ -173,7 +173,7 @@ class _Run:
             model = Layers(model).choose(config.layers)
         if config.rotate != "none":
             nesting = config.nesting(int(model.get_embedding_dimension() or 0))
-            add_rotation(model, columns, config.rotate, nesting, config.seed, config.precision == "bfloat16")
+            add_rotation(model, columns, config.rotate, nesting, config.seed, self.mixed)
         return model
 
     def _check_fit(self) -> None:
@@ -203,8 +203,7 @@ class _Run:
         depths: DepthNesting | DepthSampler | None = self.depths
         if self.depths is not None and config.depths is not None and config.depths.sample is not None:
             depths = DepthSampler(self.depths, config.depths.sample, config.seed)
-        half = config.precision == "bfloat16"
-        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, depths, half)
+        return NestedObjective(self.model, self.nesting, parts, sampler, config.mini_batch_size, depths, self.mixed)
 
     def _part(self, rows: Rows) -> Part:
         arguments = dict(rows.config.loss_args)
@@ -313,7 +312,7 @@ class _Run:
             max_grad_norm=0.0 if self.static else 1.0,
             lr_scheduler_type="linear",
             seed=config.seed,
-            bf16=config.precision == "bfloat16",
+            bf16=self.mixed,
             use_cpu=self.model.device.type == "cpu",
             save_strategy=strategy,
             save_steps=config.save_steps or 500,
